@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// JSON text to a document, strictly, and the list of what is wrong with a configuration. Private
+// to base/.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/strings/string_view.h"
+#include "nlohmann/json.hpp"
+
+namespace zerod {
+
+using Json = nlohmann::json;
+
+// Collects problems so that the user mends all of them at once. Not thread-safe.
+class ConfigProblems {
+ public:
+  // `path` is dotted ("zero_optimization.stage") or empty for the whole text.
+  void Add(absl::string_view path, absl::string_view what);
+  bool empty() const { return lines_.empty(); }
+  // True where `path`, or something within it, has a problem.
+  bool Concerns(absl::string_view path) const;
+  // OK, or INVALID_ARGUMENT with a line per problem, in the order of Add.
+  absl::Status ToStatus() const;
+
+ private:
+  std::vector<std::string> paths_;
+  std::vector<std::string> lines_;
+  size_t lines_left_out_ = 0;
+};
+
+// Parses strict JSON with // and /* */ comments. A syntax error is the one problem reported, with
+// its line and column, and null is returned; duplicate keys are problems beside the document.
+Json ParseStrictJson(absl::string_view text, ConfigProblems* problems);
+
+// `value` as short printable ASCII, for messages.
+std::string Abbreviated(const Json& value);
+
+// "block.key", or "key" at the top. A key that is not plain is quoted and abbreviated.
+std::string JoinPath(absl::string_view block, absl::string_view key);
+
+}  // namespace zerod

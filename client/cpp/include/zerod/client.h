@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// libzerod_client: what a training process needs of its daemon, without PyTorch. The caller hands
+// in a description of its model, gets an address for life for every parameter, and from then on
+// gathers, scatters and steps through shared memory.
+//
+// Threads: a Client may be used from several threads; calls that wait release its lock. Forked
+// children must not use it (they may read mapped parameters); their destructors do nothing.
+// Waits end by the answer, the job's failure, the daemon's death (UNAVAILABLE), or `interrupt`
+// returning true (CANCELLED), which is polled at least every 100 ms.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+
+namespace zerod::client {
+
+#define ZEROD_EXPORT __attribute__((visibility("default")))
+
+enum class DType { kFloat32 = 1, kBFloat16 = 2 };
+
+struct ModuleInfo {
+  std::string path;
+  std::string type;
+  bool is_container = false;
+};
+struct ParameterInfo {
+  std::string name;
+  std::vector<int64_t> shape;
+  bool trainable = true;
+  uint32_t group = 0;
+  std::vector<std::string> modules;
+};
+
+struct AttachOptions {
+  std::string address;  // "unix:/path"; empty: ZEROD_ADDRESS, else the embedded daemon's
+  bool embedded = true; // no address and no daemon there: local rank 0 starts a private one
+  std::string job;
+  uint32_t attempt = 0;
+  uint32_t rank = 0;
+  uint32_t world = 1;
+  uint32_t local_rank = 0;
+  uint32_t local_world = 1;
+  uint32_t node_rank = 0;
+  std::vector<std::string> peers;  // peer address of each node's daemon, by node rank
+  std::string job_token;
+  std::string config;  // JSON text
+  std::vector<ModuleInfo> modules;
+  std::vector<ParameterInfo> parameters;
+  DType dtype = DType::kFloat32;
+  double attach_timeout_seconds = 60;  // for UNAVAILABLE and a predecessor that still ends
+  double takeover_seconds = 10;        // how long a living predecessor of this rank is waited for
+  std::function<bool()> interrupt;
+};
+
+struct UnitView {
+  std::string name;
+  uint64_t elements = 0;
+  uint64_t trainable_elements = 0;
+  bool resident = false;
+};
+struct ParameterView {
+  uint32_t unit = 0;
+  uint64_t offset = 0;  // elements from the unit's start
+  uint64_t elements = 0;
+  const void* data = nullptr;  // its address for life, of the job's dtype; readable while held
+};
+
+struct Group {
+  double lr = 0;
+  double beta1 = 0.9;
+  double beta2 = 0.999;
+  double eps = 1e-8;
+  double weight_decay = 0;
+};
+struct StepRequest {
+  double max_norm = 0;
+  double loss_scale = 1;
+  bool want_norm = false;
+  std::vector<Group> groups;
+  std::string blob;  // this client's own state, committed with the step
+};
+struct StepResult {
+  bool skipped = false;
+  double grad_norm = 0;  // NaN where not computed
+};
+enum class ScalarOp { kSum, kMean, kMin, kMax };
+enum class StateKind { kMaster, kExpAvg, kExpAvgSq };
+
+struct ClientCounters {
+  uint64_t gathers = 0;          // calls
+  uint64_t gather_hits = 0;      // answered by the unit's word, without a request
+  uint64_t gather_waits = 0;
+  double gather_wait_seconds = 0;
+  uint64_t remaps = 0;           // mmap calls for chunks that moved
+  uint64_t scatter_bytes = 0;    // landed
+  double scatter_wait_seconds = 0;
+  double step_wait_seconds = 0;
+};
+
+class ZEROD_EXPORT Client {
+ public:
+  static absl::StatusOr<std::unique_ptr<Client>> Attach(AttachOptions options);
+  // Detaches as a death would be seen (state is kept) unless Detach() was called.
+  virtual ~Client() = default;
+
+  // --- Constant after Attach.
+  virtual const std::vector<UnitView>& units() const = 0;
+  virtual const std::vector<ParameterView>& parameters() const = 0;  // order of the options
+  virtual uint64_t generation() const = 0;
+  virtual uint64_t resumed_step() const = 0;  // committed when this client attached
+  virtual uint32_t members() const = 0;
+  virtual uint32_t stage() const = 0;
+  virtual DType dtype() const = 0;
+  virtual const std::string& resolved_config() const = 0;  // JSON
+  virtual const std::string& plan_text() const = 0;
+  virtual bool guard_pages() const = 0;
+
+  // The step this client computes: committed + 1.
+  virtual uint64_t step() const = 0;
+
+  // The unit may be read until Release, StepEnd or a new Gather of another step. A valid unit
+  // costs two loads, a store and a fence; else one request. Idempotent while held.
+  // RESOURCE_EXHAUSTED: held units leave no room, the message says which window would do.
+  virtual absl::Status Gather(uint32_t unit) = 0;
+  // The unit may be evicted; with guard pages a later read faults, and the fault is reported on
+  // standard error with parameter, unit and step. Not held: nothing happens.
+  virtual void Release(uint32_t unit) = 0;
+  virtual void ReleaseAll() = 0;
+  virtual bool Held(uint32_t unit) const = 0;
+
+  // Adds a gradient of `parameter` (contiguous, all its elements) to what this client hands over
+  // in this step: float32, or bfloat16 where `dtype` says so. Several calls add up, in order.
+  // FAILED_PRECONDITION after the unit's last Scatter of this step: keep the gradient and call
+  // again after Reclaim.
+  virtual absl::Status Land(uint32_t parameter, const void* gradient, DType dtype) = 0;
+  // True once Scatter(unit, last) was called in this step.
+  virtual bool Scattered(uint32_t unit) const = 0;
+  // What was landed since the last Scatter is handed over. `last`: nothing more comes for this
+  // unit in this step (unless Reclaim is called). per_rank: a scatter that is not last costs
+  // nothing.
+  virtual absl::Status Scatter(uint32_t unit, bool last) = 0;
+  // After a last Scatter: waits until the unit may be landed again in this step. May wait for
+  // other ranks: call it where all ranks come together (in step()).
+  virtual absl::Status Reclaim(uint32_t unit) = 0;
+
+  // Releases everything, hands over what is left, waits for the commit and for the resident units
+  // of the new version. step() has grown when it returns OK.
+  virtual absl::StatusOr<StepResult> Step(const StepRequest& request) = 0;
+
+  // Writes fp32 values into elements [begin, begin + count) of a unit, on all members. Nobody may
+  // hold the unit. Returns when all owners of this node have it; order against other ranks'
+  // requests by Barrier.
+  virtual absl::Status Put(uint32_t unit, uint64_t begin, const float* values, uint64_t count) = 0;
+  // The state of elements [begin, begin + count) as fp32: the master copy, or a moment.
+  virtual absl::Status Read(uint32_t unit, uint64_t begin, float* values, uint64_t count,
+                            StateKind kind) = 0;
+
+  // Element-wise over all ranks of the job, in rank order; at most 64 values; none = a barrier.
+  // All ranks must call it, the same number of times in the same order.
+  virtual absl::StatusOr<std::vector<double>> AllReduce(const std::vector<double>& values,
+                                                        ScalarOp op) = 0;
+  absl::Status Barrier() { return AllReduce({}, ScalarOp::kSum).status(); }
+
+  // The blob of the last committed step of this rank, as of Attach; empty before the first.
+  virtual absl::StatusOr<std::string> ClientState() = 0;
+
+  // Leaves of its own will: once all ranks have, the job and its state end.
+  virtual absl::Status Detach() = 0;
+
+  virtual ClientCounters counters() const = 0;
+  // For messages and tests: the address range of all units.
+  virtual const void* base() const = 0;
+  virtual uint64_t reserved_bytes() const = 0;
+};
+
+// Asks the daemon at `address` what a configuration comes to (see zerod::Config).
+// Does not need a job. Used by tools; in-process callers use base/config.
+ZEROD_EXPORT absl::StatusOr<std::string> CheckConfig(const std::string& json, uint32_t world);
+
+// The directory and address that an embedded daemon of this user, job and node would have.
+ZEROD_EXPORT std::string EmbeddedAddress(const std::string& job, uint32_t node_rank);
+
+// Makes sure that a daemon answers at the address (starting the embedded one where `address` is
+// empty and this is local rank 0) and returns its peer address ("host:port") for the launcher's
+// store, with the boot id.
+struct DaemonInfo {
+  std::string address;
+  std::string peer_address;
+  std::string boot_id;
+};
+ZEROD_EXPORT absl::StatusOr<DaemonInfo> EnsureDaemon(const AttachOptions& options);
+
+}  // namespace zerod::client

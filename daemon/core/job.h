@@ -1,0 +1,311 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One member's part of one job, as a state machine: events in (the On... methods), actions out
+// (TakeActions), no threads, sockets, files or clocks. Everything between members goes through the
+// log: member 0's Sequencer appends entries, every member starts them in order (docs/step.md,
+// docs/architecture.md). Not thread-safe: one event loop drives it.
+//
+// Trust: slots, units, steps and counts in the client events come from shared memory that a
+// client can write; every one is checked here and answered with a status. Messages come from
+// authenticated members of the same version, but are checked all the same: one that makes no sense
+// fails the job, never the process.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
+#include "daemon/core/layout.h"
+#include "daemon/core/types.h"
+#include "daemon/core/window.h"
+
+namespace zerod::core {
+
+class Sequencer;
+
+struct JobSpec {
+  std::string id;
+  std::shared_ptr<const Layout> layout;
+  Hash128 config_hash;
+  uint32_t world = 1;
+  uint32_t members = 1;
+  MemberIndex self = 0;
+  uint32_t local_world = 1;       // clients of this node
+  uint32_t stage = 0;
+  bool node_sum = false;          // the gradient plan; false: per_rank
+  bool skip_nonfinite = false;
+  bool untouched_as_zero = false;  // zerod.unused_parameters = "zero"
+  uint64_t prefetch_elements = 0;
+  WindowSpec window;
+};
+
+// --- Actions: what the engine does, in this order --------------------------------------------
+
+struct StepResult {
+  double grad_norm = 0;
+  bool skipped = false;
+};
+// Answers a request of a client. `scalar` and `step` are set where the request was one.
+struct Complete {
+  SlotIndex slot = 0;
+  uint64_t cookie = 0;
+  absl::Status status;
+  uint64_t result = 0;
+  std::optional<ScalarValues> scalar;
+  std::optional<StepResult> step;
+};
+// Every request of this attachment, now and later, fails with `status`.
+struct FailSlot {
+  SlotIndex slot = 0;
+  absl::Status status;
+};
+// Never to oneself.
+struct Send {
+  MemberIndex to = 0;
+  Message message;
+};
+// Connect the fabric for this generation (the first only; the others keep it), then OnConnected.
+struct Connect {
+  uint64_t generation = 0;
+};
+// Members in `wants` receive the unit's shards of `version` into their windows (`receive`: this
+// member is one), owners send. Then OnEntryDone.
+struct StartAllGather {
+  uint64_t seq = 0;
+  UnitIndex unit = 0;
+  MemberSet wants = 0;
+  bool receive = false;
+};
+// Sum this node's gradients of `unit` (all clients that marked `round`) and give each owner its
+// slice; the owner sums nodes in order into its gradient shard (round 1 writes, later ones add).
+// With one member: nothing moves. Square norms of own blocks may be taken at once. Then OnEntryDone.
+struct StartReduce {
+  uint64_t seq = 0;
+  UnitIndex unit = 0;
+  Step step = 0;
+  uint32_t round = 0;
+};
+// node_sum: add the gradient that lies at `staging_offset` of the slot's gradient file to the
+// node's accumulator (`first`: write instead of add). Then OnAccumulateDone.
+struct StartAccumulate {
+  UnitIndex unit = 0;
+  SlotIndex slot = 0;
+  uint64_t staging_offset = 0;
+  bool first = false;
+};
+// Squares of the blocks of own shards, of every unit reduced in `step`; zero for the others. Then
+// OnNormDone.
+struct ComputeNorm {
+  Step step = 0;
+};
+// The blobs that came with STEP `step` are now the committed ones.
+struct CommitBlobs {
+  Step step = 0;
+};
+// One unit of COMMIT: optimizer on what this member keeps of it, 16-bit copies, and where the
+// unit's copy is the window itself (valid_after_apply), that. Then OnApplyDone.
+struct StartApply {
+  UnitIndex unit = 0;
+  std::shared_ptr<const ApplyPlan> plan;
+};
+// The origin's client has the values in its transfer area; each member that keeps some of them
+// (owners; every member for a resident unit) stores them. Then OnEntryDone.
+struct StartPut {
+  uint64_t seq = 0;
+  UnitIndex unit = 0;
+  MemberIndex origin = 0;
+  SlotIndex slot = 0;
+  uint64_t begin = 0;
+  uint64_t count = 0;
+};
+// Owners send their part; the origin puts it into its client's transfer area. Then OnEntryDone.
+struct StartRead {
+  uint64_t seq = 0;
+  UnitIndex unit = 0;
+  MemberIndex origin = 0;
+  SlotIndex slot = 0;
+  uint64_t begin = 0;
+  uint64_t count = 0;
+  StateKind kind = StateKind::kMaster;
+};
+// The gradients of the step under way are worth nothing: forget marks, sums and pending blobs.
+struct DropGradients {};
+// The job is over on this member: OK = every client left; else it failed. No action follows.
+struct End {
+  absl::Status status;
+};
+using Action =
+    std::variant<Complete, FailSlot, Send, Connect, StartAllGather, StartReduce, StartAccumulate,
+                 ComputeNorm, CommitBlobs, StartApply, StartPut, StartRead, DropGradients, End>;
+
+enum class JobState : uint8_t { kForming, kRunning, kFailed, kEnded };
+
+class Job {
+ public:
+  // `window` outlives the job.
+  Job(JobSpec spec, WindowPort* window);
+  ~Job();
+
+  // --- Clients of this node. `slot` < local_world; slot == local rank.
+  // A client joins the forming generation. UNAVAILABLE: not now, ask again; ALREADY_EXISTS: the
+  // slot's client lives; FAILED_PRECONDITION: the job has failed.
+  absl::Status OnAttach(SlotIndex slot, Rank rank);
+  // Its process is gone, or broke the ring's rules (`reason` says). Unknown slots are ignored.
+  void OnClientGone(SlotIndex slot, const std::string& reason);
+  void OnGather(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step);
+  void OnRelease(SlotIndex slot, UnitIndex unit);
+  // `touched`: per parameter of the unit (Unit::parameters order), what this scatter carries.
+  void OnScatter(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step, bool last,
+                 uint64_t staging_offset, const std::vector<bool>& touched);
+  void OnReclaim(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step);
+  // `trace`: the units this client gathered in this step, in order (checked here).
+  void OnStep(SlotIndex slot, uint64_t cookie, Step step, const HyperParameters& hyper,
+              const std::vector<UnitIndex>& trace);
+  void OnPut(SlotIndex slot, uint64_t cookie, UnitIndex unit, uint64_t begin, uint64_t count);
+  void OnRead(SlotIndex slot, uint64_t cookie, UnitIndex unit, uint64_t begin, uint64_t count,
+              StateKind kind);
+  void OnScalar(SlotIndex slot, uint64_t cookie, const ScalarValues& values);
+  void OnDetach(SlotIndex slot, uint64_t cookie);
+
+  // --- Other members.
+  void OnMessage(MemberIndex from, const Message& message);
+  void OnMemberDown(MemberIndex member, const absl::Status& why);
+
+  // --- The engine's answers.
+  void OnConnected(const absl::Status& status);
+  void OnEntryDone(uint64_t seq, const absl::Status& status);
+  void OnAccumulateDone(UnitIndex unit, SlotIndex slot);
+  void OnNormDone(Step step, NormPart part);
+  void OnApplyDone(UnitIndex unit, Step step);
+  // Ends the job everywhere (an operator, a drain, a fabric that broke).
+  void OnFail(const absl::Status& status);
+
+  // The actions since the last call, oldest first.
+  std::vector<Action> TakeActions();
+
+  JobState state() const { return state_; }
+  const absl::Status& failure() const { return failure_; }
+  uint64_t generation() const { return generation_; }
+  Step committed() const { return committed_; }
+  uint64_t applied() const { return applied_; }
+  const JobSpec& spec() const { return spec_; }
+  // True where the unit's copy is written by the optimizer itself: one member, or stage 0.
+  bool ValidAfterApply(UnitIndex u) const;
+  // "rank 3 has not come", for status pages; empty while running.
+  std::string WaitingFor() const;
+
+ private:
+  friend class Sequencer;
+  enum class SlotState : uint8_t { kEmpty, kAttached, kZombie, kDead, kLeft };
+  struct Slot {
+    SlotState state = SlotState::kEmpty;
+    Rank rank = 0;
+    bool stepped = false;
+    uint64_t step_cookie = 0;
+    HyperParameters hyper;
+    uint64_t scalars = 0;  // posted in this generation
+    std::vector<uint8_t> marks;    // per unit: rounds marked in this step
+    std::vector<uint32_t> passes;  // node_sum: scatters of this step per unit
+  };
+  struct Waiter {
+    SlotIndex slot = 0;
+    uint64_t cookie = 0;
+  };
+  struct ScalarWait {
+    uint64_t ordinal = 0;
+    std::vector<std::optional<ScalarValues>> values;  // per slot
+    std::vector<Waiter> waiters;
+  };
+  struct Staged {  // node_sum: a gradient in staging
+    SlotIndex slot = 0;
+    uint64_t cookie = 0;
+    uint64_t offset = 0;
+    uint32_t pass = 0;
+  };
+  struct UnitState {
+    std::vector<Waiter> waiters;  // gathers not yet answered
+    Step applied = 0;             // version of what this member owns
+    bool applying = false;
+    bool writing = false;         // a PUT is in flight
+    uint32_t reducing = 0;        // reduces in flight
+    uint32_t reduced_round = 0;   // last completed in this step
+    uint32_t reported_round = 0;
+    std::vector<Waiter> reclaims;
+    std::vector<Staged> staged;   // node_sum
+    bool accumulating = false;
+    bool accumulated = false;     // something is in the accumulator
+    std::vector<bool> touched;    // of this step, per parameter of the unit
+  };
+
+  // Client requests (job_clients.cc).
+  bool Attached(SlotIndex slot) const;
+  absl::Status CheckUnitAndStep(UnitIndex unit, Step step) const;
+  absl::Status CheckRange(UnitIndex unit, uint64_t begin, uint64_t count) const;
+  void Answer(SlotIndex slot, uint64_t cookie, absl::Status status, uint64_t result = 0);
+  void RequestGather(SlotIndex slot, uint64_t cookie, UnitIndex unit);
+  void MaybeReportGradients(UnitIndex unit);
+  void MaybeReportStep();
+  void MaybeReportScalar();
+  void PumpStaging(UnitIndex unit);
+  bool SlotsSettled() const;
+  absl::Status MissingRank() const;
+
+  // The log (job_log.cc).
+  void AppendEntries(const std::vector<Entry>& entries);
+  void Advance();
+  bool CanStart(const Entry& e) const;
+  void Start(const Entry& e);
+  void StartCommit(const Entry& e);
+  void StartGeneration(const Entry& e);
+  void StartScalar(const Entry& e);
+  void FinishAllGather(const Entry& e);
+  void MaybeFinishStep();
+  void Forecast();
+  void Fail(const absl::Status& status);
+  void EndWith(const absl::Status& status);
+  void ResetStep();
+  void ReportToSequencer(ReportItem item);
+  void DeliverReport(MemberIndex from, const Report& report);
+  void Emit(Action action) { actions_.push_back(std::move(action)); }
+  void Pump();
+
+  const JobSpec spec_;
+  Window window_;
+  std::unique_ptr<Sequencer> sequencer_;  // member 0 only
+  JobState state_ = JobState::kForming;
+  absl::Status failure_;
+  uint64_t generation_ = 1;
+  bool connected_ = false;
+  Step committed_ = 0;     // COMMIT started
+  uint64_t applied_ = 0;
+  std::vector<uint64_t> parameter_steps_;
+  std::vector<Slot> slots_;
+  std::vector<UnitState> units_;
+  std::vector<bool> left_;  // per rank of the world
+  uint32_t left_count_ = 0;
+  std::deque<Entry> log_;   // appended, not started
+  uint64_t next_seq_ = 1;   // the next entry to be appended here
+  absl::flat_hash_map<uint64_t, Entry> running_;  // started, not done
+  absl::flat_hash_map<uint64_t, Waiter> exchanges_waiters_;
+  std::deque<std::pair<Waiter, std::pair<UnitIndex, uint64_t>>> puts_;
+  std::deque<ScalarWait> scalars_;
+  uint64_t scalars_done_ = 0;
+  bool step_reported_ = false;
+  bool norm_running_ = false;
+  bool finishing_step_ = false;   // COMMIT started, clients not yet answered
+  std::optional<StepResult> step_result_;
+  std::vector<UnitIndex> forecast_;  // order in which units will be needed
+  size_t forecast_next_ = 0;
+  Report outbox_;
+  std::deque<Report> self_reports_;
+  bool pumping_ = false;
+  std::vector<Action> actions_;
+};
+
+}  // namespace zerod::core

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The layout of a job: which units there are, where each parameter lies in its unit, and which
+// part of each unit a member owns. The same on every member, a function of the model's description
+// and nothing else, identified by a hash.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "base/hash.h"
+#include "daemon/core/types.h"
+
+namespace zerod::core {
+
+enum class DType : uint8_t { kFloat32 = 1, kBFloat16 = 2 };
+constexpr uint64_t DTypeBytes(DType t) { return t == DType::kFloat32 ? 4 : 2; }
+
+struct ModuleDescription {
+  std::string path;  // "" is the root, which comes first; a parent comes before its children
+  std::string type;  // equal strings: like siblings
+  bool is_container = false;  // a ModuleList or Sequential
+};
+
+struct ParameterDescription {
+  std::string name;
+  std::vector<int64_t> shape;
+  bool trainable = true;
+  uint32_t group = 0;
+  std::vector<std::string> modules;  // every module that registers it
+};
+
+// As a client describes it. Untrusted.
+struct ModelDescription {
+  std::vector<ModuleDescription> modules;
+  std::vector<ParameterDescription> parameters;
+  DType dtype = DType::kFloat32;
+};
+
+struct Parameter {
+  std::string name;
+  std::vector<int64_t> shape;
+  uint64_t elements = 0;
+  bool trainable = true;
+  uint32_t group = 0;
+  UnitIndex unit = 0;
+  uint64_t offset = 0;  // elements from the unit's start, a multiple of kParamAlignElements
+};
+
+struct Unit {
+  std::string name;                  // path of its module
+  std::vector<uint32_t> parameters;  // indices, by offset: the trainable ones first
+  uint64_t elements = 0;             // padded to the parameter alignment
+  uint64_t trainable_elements = 0;   // gradients and moments exist for [0, trainable_elements)
+  uint64_t first_chunk = 0;          // in the clients' address space
+  uint64_t chunks = 0;
+  uint64_t blocks = 0;               // of block_elements, the last may be short
+};
+
+struct Range {  // elements of a unit, [begin, end)
+  uint64_t begin = 0;
+  uint64_t end = 0;
+  uint64_t size() const { return end - begin; }
+  bool empty() const { return begin >= end; }
+};
+Range Intersect(Range a, Range b);
+
+class Layout {
+ public:
+  // `unit_overrides`: module path -> unit name: those modules' parameters form that unit.
+  // INVALID_ARGUMENT where the description contradicts itself; the sentence names what.
+  static absl::StatusOr<Layout> Build(const ModelDescription& model,
+                                      const std::map<std::string, std::string>& unit_overrides);
+
+  DType dtype() const { return dtype_; }
+  const std::vector<Unit>& units() const { return units_; }
+  // In the order of the description.
+  const std::vector<Parameter>& parameters() const { return parameters_; }
+  uint64_t elements() const { return elements_; }              // padded, all units
+  uint64_t trainable_elements() const { return trainable_elements_; }
+  uint64_t parameter_elements() const { return parameter_elements_; }  // without padding
+  uint64_t chunks() const { return chunks_; }
+  // Norms are summed, and shards cut, in blocks of this many elements: 64 Ki, fewer in a small
+  // model so that its shards balance. A power of two, a function of the layout alone.
+  uint64_t block_elements() const { return block_elements_; }
+  uint64_t UnitBytes(UnitIndex u) const { return units_[u].elements * DTypeBytes(dtype_); }
+  const Hash128& hash() const { return hash_; }
+
+  // The largest number of chunks that must be readable at once: a unit with every unit that
+  // belongs to a module around its own.
+  uint64_t largest_live_chunks() const { return largest_live_chunks_; }
+  const std::string& largest_live_unit() const { return largest_live_unit_; }
+
+ private:
+  DType dtype_ = DType::kFloat32;
+  std::vector<Unit> units_;
+  std::vector<Parameter> parameters_;
+  uint64_t elements_ = 0;
+  uint64_t trainable_elements_ = 0;
+  uint64_t parameter_elements_ = 0;
+  uint64_t chunks_ = 0;
+  uint64_t block_elements_ = 0;
+  uint64_t largest_live_chunks_ = 0;
+  std::string largest_live_unit_;
+  Hash128 hash_;
+};
+
+// Which elements of each unit each member owns: whole blocks, contiguous, balanced over the
+// layout (the members that have least so far take the odd blocks).
+class Partition {
+ public:
+  Partition(const Layout& layout, uint32_t members);
+  uint32_t members() const { return members_; }
+  Range Shard(UnitIndex u, MemberIndex m) const { return shards_[u * members_ + m]; }
+  // The part of it that has gradients and moments.
+  Range TrainableShard(UnitIndex u, MemberIndex m) const;
+  // Sums over the units.
+  uint64_t ShardElements(MemberIndex m) const;
+  uint64_t TrainableShardElements(MemberIndex m) const;
+
+ private:
+  uint32_t members_;
+  std::vector<Range> shards_;
+  std::vector<uint64_t> trainable_;
+};
+
+}  // namespace zerod::core

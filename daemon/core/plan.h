@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What a job will take on one member, before a byte is reserved: window, gradients, state. The
+// engine allocates exactly this and the metrics report it under the same names.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "base/config.h"
+#include "daemon/core/layout.h"
+#include "daemon/core/window.h"
+
+namespace zerod::core {
+
+// Bytes on one member. "Full" below means all units, "shard" this member's part.
+//   parameters  fp32 values: stage 0-2 in fp32 the full window copy (which is the master copy),
+//               else the fp32 master: full at stage 0, shard at 1-3
+//   copies      bf16: stage 0-2 the full window copy; stage 3 the 16-bit copy of the shard
+//   gradients   reduced gradients: full at stages 0 and 1, shard at 2 and 3; none with one member
+//               (the optimizer reads the clients' gradients, or the accumulator)
+//   moments     exp_avg and exp_avg_sq: full at stage 0, shard at 1-3
+//   window      stage 3: chunks of gathered copies. With one member and room for all of them in
+//               fp32 the window is the master copy: counted as parameters
+//   accumulator node_sum: the node's sum of its clients' gradients
+//   client_gradients  all clients' gradient files
+//   staging     buffers of transfers in flight
+struct MemoryPlan {
+  uint64_t parameters = 0;
+  uint64_t copies = 0;
+  uint64_t gradients = 0;
+  uint64_t moments = 0;
+  uint64_t window = 0;
+  uint64_t accumulator = 0;
+  uint64_t client_gradients = 0;
+  uint64_t staging = 0;
+  uint64_t control = 0;  // rings, tables, transfer areas
+  uint64_t total() const;
+  std::vector<std::pair<std::string, uint64_t>> Named() const;
+};
+
+struct JobPlan {
+  WindowSpec window;
+  bool master_in_window = false;  // fp32 and every unit has a full, up-to-date copy in the window:
+                                  // stages 0-2, or one member where everything fits
+  bool node_sum = false;
+  uint64_t gradient_file_bytes = 0;         // each client's
+  std::vector<uint64_t> gradient_offsets;   // per unit, per_rank plan, bytes
+  uint64_t staging_bytes = 0;               // node_sum: of each gradient file
+  uint64_t transfer_values_bytes = 0;       // the values area of each transfer file
+  uint64_t transfer_bytes = 0;
+  MemoryPlan memory;
+  std::string text;  // for the log and AttachResponse.plan_text
+};
+
+inline constexpr uint64_t kTransferValuesBytes = 4 << 20;
+inline constexpr uint64_t kStagingBytes = 32 << 20;  // engine's pool for pieces in flight
+
+// `available_bytes`: what the node can give, for choosing the gradient plan. FAILED_PRECONDITION
+// or RESOURCE_EXHAUSTED with the value that works where the window cannot.
+absl::StatusOr<JobPlan> PlanJob(const Config& config, const Layout& layout, uint32_t members,
+                                MemberIndex self, uint32_t local_world, uint64_t available_bytes);
+
+}  // namespace zerod::core

@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The vocabulary of daemon/core: indices, the decision of a step, log entries, and the messages
+// that members exchange. Plain values; the server turns them into bytes and back.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "base/hash.h"
+
+namespace zerod::core {
+
+using UnitIndex = uint32_t;
+using MemberIndex = uint32_t;
+using SlotIndex = uint32_t;  // a client's place among the clients of its node
+using Rank = uint32_t;
+using Step = uint64_t;       // attempts of the optimizer, from 1; the version of weights = the
+                             // step that wrote them, 0 = the initial ones
+using MemberSet = uint64_t;  // bit m = member m
+
+inline constexpr uint32_t kMembersMax = 64;
+inline constexpr uint32_t kRoundsMax = 255;  // reductions of one unit in one step
+
+constexpr MemberSet AllMembers(uint32_t members) {
+  return members >= 64 ? ~MemberSet{0} : (MemberSet{1} << members) - 1;
+}
+
+enum class StateKind : uint16_t { kMaster = 0, kExpAvg = 1, kExpAvgSq = 2 };
+enum class ScalarOp : uint16_t { kSum = 0, kMean = 1, kMin = 2, kMax = 3 };
+
+struct Group {
+  double lr = 0;
+  double beta1 = 0;
+  double beta2 = 0;
+  double eps = 0;
+  double weight_decay = 0;
+  friend bool operator==(const Group&, const Group&) = default;
+};
+
+// What a client says with STEP. Members compare it; the values used are those of the COMMIT.
+struct HyperParameters {
+  double max_norm = 0;  // <= 0: no clipping
+  double loss_scale = 1;
+  bool want_norm = false;
+  std::vector<Group> groups;
+  Hash128 Hash() const;
+  friend bool operator==(const HyperParameters&, const HyperParameters&) = default;
+};
+
+// The outcome of NORM k: a pure function of the reduced gradients and the hyper-parameters.
+struct Decision {
+  enum class Kind : uint8_t {
+    kApply = 0,
+    kSkip = 1,    // non-finite gradients: weights stay, the step counts as attempted
+    kRefuse = 2,  // the ranks disagree: the step fails with `reason`, its number is not used up
+  };
+  Kind kind = Kind::kApply;
+  double grad_norm = 0;   // of the mean gradient, unscaled; NaN where nobody asked
+  double grad_scale = 1;  // what each summed gradient element is multiplied by
+  HyperParameters hyper;
+  std::vector<bool> touched;  // per parameter: some rank had a gradient
+  std::string reason;
+};
+
+// What an owner needs to apply a step: the decision, and each parameter's own count of applied
+// steps including this one (an untouched parameter's does not advance).
+struct ApplyPlan {
+  Step step = 0;
+  Decision decision;
+  std::vector<uint64_t> parameter_steps;
+};
+
+// One member's part of NORM k.
+struct NormPart {
+  std::vector<double> block_squares;  // of the blocks of its shards, in layout order
+  std::vector<bool> touched;          // per parameter, over its clients
+  bool nonfinite = false;
+};
+
+struct ScalarValues {
+  ScalarOp op = ScalarOp::kSum;
+  std::vector<double> values;  // empty: a barrier
+  friend bool operator==(const ScalarValues&, const ScalarValues&) = default;
+};
+
+// --- The log ---------------------------------------------------------------------------------
+
+enum class EntryKind : uint8_t {
+  kStart = 1,      // all members and ranks are there: the generation runs
+  kPut = 2,
+  kAllGather = 3,
+  kReduceScatter = 4,
+  kNorm = 5,
+  kCommit = 6,
+  kRead = 7,
+  kScalar = 8,
+  kLeave = 9,      // `rank` detached of its own will
+  kGeneration = 10,  // `rank` died: everything before this is finished, then clients attach anew
+};
+
+struct Entry {
+  uint64_t seq = 0;  // from 1, without gaps, for the life of the job; also the fabric's tag
+  uint64_t generation = 0;
+  EntryKind kind = EntryKind::kStart;
+  UnitIndex unit = 0;
+  Step step = 0;         // kAllGather: the version; kReduceScatter, kNorm, kCommit: the step
+  uint32_t round = 0;    // kReduceScatter: 1, 2, ... within the step
+  MemberSet wants = 0;   // kAllGather
+  MemberIndex origin = 0;  // kPut, kRead: whose client
+  SlotIndex slot = 0;      // kPut, kRead: which of its clients
+  uint64_t begin = 0;    // kPut, kRead: first element of the unit
+  uint64_t count = 0;
+  StateKind state_kind = StateKind::kMaster;
+  uint64_t ordinal = 0;  // kScalar: the n-th of the generation, from 1
+  ScalarValues scalar;   // kScalar: the result
+  Rank rank = 0;         // kLeave, kGeneration
+  std::string reason;    // kGeneration: how the rank died
+  Decision decision;     // kCommit
+};
+
+// --- Messages --------------------------------------------------------------------------------
+
+// To member 0, in batches (a Report). Each is one thing that happened on the sender's node.
+struct Joined {  // first of all
+  Hash128 layout;
+  Hash128 config;
+  uint32_t world = 0;
+  uint32_t members = 0;
+};
+struct ClientAttached {
+  Rank rank = 0;
+};
+struct ClientGone {
+  Rank rank = 0;
+  bool left = false;  // of its own will
+  std::string reason;
+};
+struct Want {
+  UnitIndex unit = 0;
+  Step version = 0;
+};
+struct GradientsReady {  // every client of the sender marked `round` of `unit`, or sent STEP
+  UnitIndex unit = 0;
+  Step step = 0;
+  uint32_t round = 0;
+};
+struct StepReady {  // every client of the sender sent STEP; nothing of this step follows
+  Step step = 0;
+  bool agree = true;  // its own clients agree
+  std::string disagreement;
+  HyperParameters hyper;
+  std::vector<Rank> ranks;
+};
+struct NormReady {
+  Step step = 0;
+  NormPart part;
+};
+struct PutRequest {
+  SlotIndex slot = 0;
+  UnitIndex unit = 0;
+  uint64_t begin = 0;
+  uint64_t count = 0;
+};
+struct ReadRequest {
+  SlotIndex slot = 0;
+  UnitIndex unit = 0;
+  uint64_t begin = 0;
+  uint64_t count = 0;
+  StateKind kind = StateKind::kMaster;
+};
+struct ScalarReady {  // every client of the sender posted its `ordinal`-th SCALAR
+  uint64_t ordinal = 0;
+  std::vector<Rank> ranks;            // parallel to values
+  std::vector<ScalarValues> values;
+};
+struct Failed {  // the sender cannot go on: the job ends everywhere
+  absl::Status status;
+};
+using ReportItem = std::variant<Joined, ClientAttached, ClientGone, Want, GradientsReady, StepReady,
+                                NormReady, PutRequest, ReadRequest, ScalarReady, Failed>;
+
+struct Report {
+  uint64_t generation = 0;  // 0 with Joined only
+  std::vector<ReportItem> items;
+};
+
+// From member 0 to all.
+struct Append {
+  std::vector<Entry> entries;
+};
+struct FailJob {
+  absl::Status status;
+};
+
+using Message = std::variant<Report, Append, FailJob>;
+
+}  // namespace zerod::core
