@@ -117,17 +117,14 @@ Json ParseStrictJson(absl::string_view text, ConfigProblems* problems) {
                       "{\"train_batch_size\": 8}");
     return nullptr;
   }
-  ConfigProblems duplicates;
-  Watcher watcher(&duplicates);
+  Watcher watcher(problems);
   try {
-    Json document = Json::parse(
+    return Json::parse(
         text.data(), text.data() + text.size(),
         [&watcher](int, Json::parse_event_t event, Json& parsed) {
           return watcher(event, parsed);
         },
         /*allow_exceptions=*/true, /*ignore_comments=*/true);
-    *problems = duplicates;
-    return document;
   } catch (const TooDeep&) {
     problems->Add("", absl::StrCat("the configuration is nested more than ", kDepthMax,
                                    " levels deep"));

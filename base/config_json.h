@@ -32,8 +32,8 @@ class ConfigProblems {
   size_t lines_left_out_ = 0;
 };
 
-// Parses strict JSON with // and /* */ comments. A syntax error is the one problem reported, with
-// its line and column, and null is returned; duplicate keys are problems beside the document.
+// Parses strict JSON with // and /* */ comments. Keys given twice are problems beside the document
+// that is returned; after a syntax error (with its line and column) nothing useful is.
 Json ParseStrictJson(absl::string_view text, ConfigProblems* problems);
 
 // `value` as short printable ASCII, for messages.
