@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native half of the client: libzerod_client for Python, without PyTorch linked in.
+
+Calls that wait release the GIL, let Ctrl-C through as KeyboardInterrupt, and end with the answer,
+the job's failure or the daemon's death; nothing waits for ever. After a fork the child's Client
+raises FailedPrecondition for everything and its destructor does nothing.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+__version__: str
+
+# --- Errors ----------------------------------------------------------------------------------
+# `code` is the canonical name ("INVALID_ARGUMENT"); str() is the daemon's sentence. Codes without
+# a class of their own are raised as ZerodError.
+
+class ZerodError(RuntimeError):
+    code: str
+
+class InvalidArgument(ZerodError): ...
+class AlreadyExists(ZerodError): ...
+class FailedPrecondition(ZerodError): ...
+class ResourceExhausted(ZerodError): ...
+class Unavailable(ZerodError): ...
+class Aborted(ZerodError): ...
+class DeadlineExceeded(ZerodError): ...
+class Internal(ZerodError): ...
+class PermissionDenied(ZerodError): ...
+
+# --- Without a job ---------------------------------------------------------------------------
+
+def version() -> str: ...
+def parse_config(json: str, world: int) -> str:
+    """The resolved configuration as JSON (every served key). ValueError lists every problem."""
+
+def embedded_address(job: str, node_rank: int) -> str: ...
+
+class DaemonInfo:
+    @property
+    def address(self) -> str: ...
+    @property
+    def peer_address(self) -> str: ...
+    @property
+    def boot_id(self) -> str: ...
+
+def ensure_daemon(
+    *,
+    address: str = "",
+    embedded: bool = True,
+    job: str = "",
+    node_rank: int = 0,
+    local_rank: int = 0,
+    attach_timeout_seconds: float = 60.0,
+) -> DaemonInfo:
+    """Waits until a daemon answers there; where `address` (and ZEROD_ADDRESS) is empty, local rank
+    0 starts the embedded one and the others wait for it."""
+
+# --- A job -----------------------------------------------------------------------------------
+
+class ModuleInfo:
+    path: str
+    type: str
+    is_container: bool
+    def __init__(self, path: str, type: str, is_container: bool = False) -> None: ...
+
+class ParameterInfo:
+    name: str
+    shape: list[int]
+    trainable: bool
+    group: int
+    modules: list[str]
+    def __init__(
+        self,
+        name: str,
+        shape: Sequence[int],
+        trainable: bool = True,
+        group: int = 0,
+        modules: Sequence[str] = (),
+    ) -> None: ...
+
+class Group:
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    def __init__(
+        self,
+        lr: float,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None: ...
+
+class UnitView:
+    @property
+    def name(self) -> str: ...
+    @property
+    def elements(self) -> int: ...
+    @property
+    def trainable_elements(self) -> int: ...
+    @property
+    def resident(self) -> bool: ...
+
+class ParameterView:
+    @property
+    def unit(self) -> int: ...
+    @property
+    def offset(self) -> int:
+        """Elements from the unit's start."""
+    @property
+    def elements(self) -> int: ...
+    @property
+    def address(self) -> int:
+        """For life; readable while the unit is held."""
+
+class StepResult:
+    @property
+    def skipped(self) -> bool: ...
+    @property
+    def grad_norm(self) -> float:
+        """NaN where it was not computed."""
+
+class Counters:
+    @property
+    def gathers(self) -> int: ...
+    @property
+    def gather_hits(self) -> int: ...
+    @property
+    def gather_waits(self) -> int: ...
+    @property
+    def gather_wait_seconds(self) -> float: ...
+    @property
+    def remaps(self) -> int: ...
+    @property
+    def scatter_bytes(self) -> int: ...
+    @property
+    def scatter_wait_seconds(self) -> float: ...
+    @property
+    def step_wait_seconds(self) -> float: ...
+
+class Client:
+    """One training process, attached to its job. Thread-safe."""
+
+    @staticmethod
+    def attach(
+        *,
+        modules: Sequence[ModuleInfo],
+        parameters: Sequence[ParameterInfo],
+        config: str = "{}",
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        address: str = "",
+        embedded: bool = True,
+        job: str = "",
+        attempt: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        local_rank: int = 0,
+        local_world: int = 1,
+        node_rank: int = 0,
+        peers: Sequence[str] = (),
+        job_token: str = "",
+        attach_timeout_seconds: float = 60.0,
+        takeover_seconds: float = 10.0,
+    ) -> Client: ...
+
+    # Constant after attach. Lists are made once.
+    @property
+    def units(self) -> list[UnitView]: ...
+    @property
+    def parameters(self) -> list[ParameterView]:
+        """In the order given to attach()."""
+    @property
+    def generation(self) -> int: ...
+    @property
+    def resumed_step(self) -> int: ...
+    @property
+    def initialized(self) -> bool:
+        """The weights are there already; else rank 0 must put() the initial ones."""
+    @property
+    def members(self) -> int: ...
+    @property
+    def stage(self) -> int: ...
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]: ...
+    @property
+    def resolved_config(self) -> str:
+        """JSON."""
+    @property
+    def plan_text(self) -> str: ...
+    @property
+    def guard_pages(self) -> bool: ...
+    @property
+    def base(self) -> int:
+        """Start of the address range of all units, and its length."""
+    @property
+    def reserved_bytes(self) -> int: ...
+
+    @property
+    def step_number(self) -> int:
+        """The step being computed: committed + 1."""
+    @property
+    def closed(self) -> bool: ...
+
+    def parameter_tensor(self, parameter: int) -> torch.Tensor:
+        """A tensor at the parameter's address for life, with the shape given to attach(). It must
+        not be written (the memory is read-only: a write ends the process with a fault that names
+        the parameter) and may be read while its unit is held. Keeps the address range, not the
+        attachment, alive."""
+
+    def gather(self, unit: int) -> None: ...
+    def release(self, unit: int) -> None: ...
+    def release_all(self) -> None: ...
+    def held(self, unit: int) -> bool: ...
+    def land(self, parameter: int, data_ptr: int, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
+        """Adds the contiguous gradient at `data_ptr` (all of the parameter's elements, in CPU
+        memory). FailedPrecondition after the unit's last scatter: reclaim() first."""
+    def scattered(self, unit: int) -> bool: ...
+    def scatter(self, unit: int, last: bool) -> None: ...
+    def reclaim(self, unit: int) -> None: ...
+    def step(
+        self,
+        groups: Sequence[Group],
+        *,
+        max_norm: float = 0.0,
+        loss_scale: float = 1.0,
+        want_norm: bool = False,
+        blob: bytes = b"",
+    ) -> StepResult: ...
+    def put(self, unit: int, begin: int, data_ptr: int, count: int) -> None:
+        """Writes `count` float32 values at `data_ptr` into elements [begin, begin + count)."""
+    def read(
+        self,
+        unit: int,
+        begin: int,
+        data_ptr: int,
+        count: int,
+        kind: Literal["master", "exp_avg", "exp_avg_sq"] = "master",
+    ) -> None:
+        """Fills `count` float32 values at `data_ptr`."""
+    def all_reduce(
+        self, values: Sequence[float], op: Literal["sum", "mean", "min", "max"] = "sum"
+    ) -> list[float]: ...
+    def barrier(self) -> None: ...
+    def client_state(self) -> bytes:
+        """This rank's blob of the last committed step, as of attach(); b"" before the first."""
+    def detach(self) -> None:
+        """Leaves for good; the job ends once all ranks have. The client is closed then."""
+    def close(self) -> None:
+        """Lets go of the attachment as a death would: the daemon keeps the job's state. Tensors
+        stay where they are. Idempotent. Calls after it raise FailedPrecondition."""
+    def counters(self) -> Counters: ...
+    def __enter__(self) -> Client: ...
+    def __exit__(self, *exc: Any) -> None:
+        """close()."""
