@@ -4,7 +4,9 @@
 // function gives the same bits on every target, because each element is computed by the same
 // sequence of correctly rounded operations (mul, add, fma, sqrt, div), and each reduction by a
 // fixed tree of 16 lanes whatever the vector width. The plain references in reference.h have the
-// same bits too and are what the tests compare with.
+// same bits too and are what the tests compare with. Two things are the hardware's or the
+// caller's: the payload of a NaN that arithmetic gives, and that denormals are not flushed
+// (MXCSR as a thread starts with).
 //
 // All pointers are to at least `n` elements, aligned to their element type, and do not overlap
 // unless said otherwise. n == 0 is allowed. Functions are thread-safe as far as callers use
@@ -22,8 +24,8 @@ inline constexpr size_t kSourcesMax = 64;  // gradients that one call can sum
 
 // The target that the dispatch chose: "AVX2", "AVX3", ... For logs and tests.
 const char* TargetName();
-// Tests: restricts dispatch to one target by name; false where this CPU has none such.
-// Empty: back to the best.
+// Tests: restricts dispatch to one target by name; false, and nothing changed, where this CPU has
+// none such. "SCALAR" is the plain reference. Empty: back to the best. For the whole process.
 bool ForceTarget(const char* name);
 
 // --- Casts -----------------------------------------------------------------------------------
@@ -46,15 +48,19 @@ void Accumulate(const float* in, float* out, size_t n);
 double SquaredNorm(const float* const* in, size_t count, size_t n, bool* nonfinite);
 
 // --- AdamW -----------------------------------------------------------------------------------
-// torch.optim.AdamW(amsgrad=False, maximize=False), single-tensor form
-// (torch/optim/adamw.py, _single_tensor_adam), per element:
+// torch.optim.AdamW(amsgrad=False, maximize=False), single-tensor form (torch/optim/adam.py,
+// _single_tensor_adam), in the order in which torch's kernels compute it; fma(a, b, c) is a * b + c
+// rounded once, all else is rounded each time:
 //   g      = (sum of in) * grad_scale
-//   p      = p * (1 - lr * weight_decay)
-//   m      = m + (1 - beta1) * (g - m)              (lerp)
-//   v      = beta2 * v + (1 - beta2) * g * g
-//   denom  = sqrt(v) / sqrt(bias_correction2) + eps
-//   p      = p - (lr / bias_correction1) * m / denom
-// computed in fp32 from the scalars below, which the caller derives in fp64.
+//   m      = fma(1 - beta1, g - m, m)                 (lerp; where 1 - beta1 >= 0.5, as torch,
+//                                                      fma((1 - beta1) - 1, g - m, g))
+//   v      = fma((1 - beta2) * g, g, beta2 * v)       (addcmul)
+//   denom  = fma(sqrt(v), 1 / sqrt(bias_correction2), eps)
+//   p      = p * decay - (step_size * m) / denom      (addcdiv)
+// in fp32 from the scalars below, which are derived in fp64. With torch 2.13 on AVX2 and AVX-512
+// m and v have torch's bits. denom has not: torch divides by sqrt(bias_correction2), adds eps
+// apart, and its square root is not always correctly rounded; p differs from torch's by that few
+// units in the last place of the update. 1 <= t; weight_decay 0 leaves p's decay out exactly.
 struct AdamWScalars {
   float grad_scale;       // 1 / (world * loss scale) * clip factor
   float decay;            // 1 - lr * weight_decay
@@ -69,13 +75,19 @@ AdamWScalars MakeAdamWScalars(double lr, double beta1, double beta2, double eps,
                               double weight_decay, uint64_t t, double grad_scale);
 
 // One pass: sums the `count` (1..kSourcesMax) gradients, updates p (fp32 master), m, v in place,
-// and where `copy` is not null writes the 16-bit copy of p (round to nearest even).
+// and where `copy` is not null writes the 16-bit copy of p (round to nearest even). The copy is
+// written past the caches, and visible to others as any store is when the function has returned.
 void AdamW(const AdamWScalars& s, const float* const* grads, size_t count, float* p, float* m,
            float* v, bfloat16* copy, size_t n);
 
-// The same with the fp32 master kept as its bf16 copy plus a 16-bit remainder:
-// p = Join(copy, remainder), exact for every bit pattern (Split rounds half away from zero, so
-// `copy` differs from CastToBf16 in ties alone).
+// The same with the fp32 master kept as its bf16 copy plus a 16-bit remainder, the low half of its
+// bits: p = Join(copy, remainder), exact for each of the 2^32 patterns. Split rounds half away from
+// zero, so a finite `copy` differs from CastToBf16 in ties alone.
+//
+// Rounding would carry NaNs with the highest payloads (0x7fffffff) into zeros, so a NaN is
+// truncated. As 2^32 codes are all in use, 65535 NaNs of each sign have copies that are not NaN:
+// 0x7f800001..0x7f807fff infinity, 0x7f808000..0x7f80ffff zero. They are signalling, and
+// arithmetic gives quiet NaNs alone: no AdamWSplit makes one.
 void SplitMaster(const float* p, bfloat16* copy, uint16_t* remainder, size_t n);
 void JoinMaster(const bfloat16* copy, const uint16_t* remainder, float* p, size_t n);
 void AdamWSplit(const AdamWScalars& s, const float* const* grads, size_t count, bfloat16* copy,
