@@ -32,9 +32,14 @@ void ReadBlock(const Json& object, const std::string& block, Config* config,
   }
 }
 
-// True where `path` (dotted) is in the document and not null.
+// Of a dotted path.
+Json::json_pointer Pointer(absl::string_view path) {
+  return Json::json_pointer(absl::StrCat("/", absl::StrReplaceAll(path, {{".", "/"}})));
+}
+
+// True where `path` is in the document and not null.
 bool Given(const Json& document, absl::string_view path) {
-  const Json::json_pointer pointer("/" + absl::StrReplaceAll(path, {{".", "/"}}));
+  const Json::json_pointer pointer = Pointer(path);
   return document.contains(pointer) && !document.at(pointer).is_null();
 }
 
@@ -141,9 +146,7 @@ std::string Config::ToJson() const {
   Json document = Json::object();
   Config copy = *this;  // a slot is of a configuration that may be written
   for (const ServedKey& key : ServedKeys()) {
-    const std::string pointer =
-        absl::StrCat("/", absl::StrReplaceAll(key.path, {{".", "/"}}));
-    document[Json::json_pointer(pointer)] = WriteKey(key, copy);
+    document[Pointer(key.path)] = WriteKey(key, copy);
   }
   if (optimizer.type.empty()) document["optimizer"] = nullptr;
   if (scheduler.type.empty()) document["scheduler"] = nullptr;

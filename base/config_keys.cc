@@ -15,7 +15,7 @@
 namespace zerod {
 namespace {
 
-// Whole numbers up to here are exact in JSON's doubles, and 16 bytes for each still count in 64 bits.
+// Whole numbers up to here are exact in JSON's doubles, and 16 bytes for each count in 64 bits.
 constexpr double kCountMax = 9007199254740992.0;  // 2^53
 // Small enough that the product of two and a world of 2^32 fits 128 bits.
 constexpr double kBatchMax = 1099511627776.0;  // 2^40
