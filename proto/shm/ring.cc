@@ -338,15 +338,17 @@ bool TryRetract(std::atomic<uint64_t>* word,
                 absl::Span<const std::atomic<uint32_t>* const> holds) {
   const uint64_t before = word->load(std::memory_order_relaxed);
   UnitWord unit = UnpackUnitWord(before);
-  if (unit.state != CopyState::kValid) return false;
-  const uint32_t claimed = unit.version + 1;
+  const bool filling = unit.state == CopyState::kFilling;
+  if (unit.state != CopyState::kValid && !filling) return false;
+  const uint32_t own = unit.version + 1;
   unit.state = CopyState::kEvicting;
   word->store(PackUnitWord(unit), std::memory_order_relaxed);
   // The mark must be visible before the holds are read; mirror image of HoldWords::Intend().
   std::atomic_thread_fence(std::memory_order_seq_cst);
   for (const std::atomic<uint32_t>* hold : holds) {
     // Acquire: with a hold that is gone, the client's reads of the copy are over.
-    if (hold->load(std::memory_order_acquire) == claimed) {
+    const uint32_t claim = hold->load(std::memory_order_acquire);
+    if (claim == own || (filling && claim != 0)) {
       word->store(before, std::memory_order_release);
       return false;
     }

@@ -90,7 +90,8 @@ class HoldWords {
       : holds_(holds), words_(words), units_(units) {}
 
   // True: the copy of `version` is valid and will stay as it is until Unclaim(); no request is
-  // needed. False: the unit is not held; ask with GATHER. REQUIRES: unit < units().
+  // needed. False: the unit is not held; Intend() and ask with GATHER. Claiming what is held
+  // already, at the same version, is harmless. REQUIRES: unit < units() (everywhere below).
   bool Claim(uint32_t unit, uint32_t version);
   // Sets the hold without looking, to be done before GATHER is pushed: when its completion comes
   // the copy is already held, with no gap in which it could be evicted again.
@@ -153,10 +154,10 @@ inline constexpr uint32_t kDoorbellEvents = 0x001u | (1u << 31);
 // An eventfd for a new client, O_CLOEXEC and non-blocking, owned by the caller.
 absl::StatusOr<int> MakeDoorbell();
 
-// Takes a valid copy back for eviction or rewriting: the hazard pointer's daemon half. True: no
-// client holds it nor can from now on; `*word` is kAbsent. False: held, or not valid to begin
-// with; `*word` is as it was. `holds` are this unit's hold words, one per attached client.
-// One thread per word.
+// Takes a copy back for eviction or rewriting: the hazard pointer's daemon half. True: no client
+// claims it nor can from now on; `*word` is kAbsent. False: claimed, or kAbsent to begin with;
+// `*word` is as it was. A kValid copy is claimed by holds of its own version only, a kFilling one
+// by any. `holds` are this unit's hold words, one per living client. One thread per word.
 bool TryRetract(std::atomic<uint64_t>* word,
                 absl::Span<const std::atomic<uint32_t>* const> holds);
 
