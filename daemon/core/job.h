@@ -16,10 +16,13 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <variant>
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "daemon/core/layout.h"
 #include "daemon/core/types.h"
@@ -103,6 +106,7 @@ struct StartAccumulate {
 // OnNormDone.
 struct ComputeNorm {
   Step step = 0;
+  bool needed = false;  // false: no squares are wanted, answer with touched bits alone
 };
 // The blobs that came with STEP `step` are now the committed ones.
 struct CommitBlobs {
@@ -201,7 +205,6 @@ class Job {
   std::string WaitingFor() const;
 
  private:
-  friend class Sequencer;
   enum class SlotState : uint8_t { kEmpty, kAttached, kZombie, kDead, kLeft };
   struct Slot {
     SlotState state = SlotState::kEmpty;
@@ -209,9 +212,10 @@ class Job {
     bool stepped = false;
     uint64_t step_cookie = 0;
     HyperParameters hyper;
-    uint64_t scalars = 0;  // posted in this generation
+    uint64_t scalars = 0;          // posted in this generation
     std::vector<uint8_t> marks;    // per unit: rounds marked in this step
-    std::vector<uint32_t> passes;  // node_sum: scatters of this step per unit
+    std::vector<uint32_t> passes;  // node_sum, per unit: scatters of the round under way
+    size_t cursor = 0;             // where in the forecast it was last seen
   };
   struct Waiter {
     SlotIndex slot = 0;
@@ -219,59 +223,80 @@ class Job {
   };
   struct ScalarWait {
     uint64_t ordinal = 0;
+    bool reported = false;
     std::vector<std::optional<ScalarValues>> values;  // per slot
     std::vector<Waiter> waiters;
   };
-  struct Staged {  // node_sum: a gradient in staging
+  struct Staged {  // node_sum: a gradient that lies in a client's staging
     SlotIndex slot = 0;
     uint64_t cookie = 0;
     uint64_t offset = 0;
+    uint32_t round = 0;
     uint32_t pass = 0;
+    auto Key() const { return std::make_tuple(round, pass, slot); }
   };
   struct UnitState {
-    std::vector<Waiter> waiters;  // gathers not yet answered
-    Step applied = 0;             // version of what this member owns
+    std::vector<Waiter> waiters;   // gathers not yet answered
+    Step applied = 0;              // version of what this member owns
     bool applying = false;
-    bool writing = false;         // a PUT is in flight
-    uint32_t reducing = 0;        // reduces in flight
-    uint32_t reduced_round = 0;   // last completed in this step
+    bool forecast = false;         // the copy on its way was not asked for by a client
+    uint32_t exchanges = 0;        // gathers, puts and reads in flight
+    bool writing = false;          // a PUT is among them
+    uint32_t reducing = 0;         // reduces in flight
+    uint32_t reduced_round = 0;    // last completed in this step
     uint32_t reported_round = 0;
     std::vector<Waiter> reclaims;
-    std::vector<Staged> staged;   // node_sum
+    std::vector<Staged> staged;    // node_sum, by key; the first may be on its way
     bool accumulating = false;
-    bool accumulated = false;     // something is in the accumulator
-    std::vector<bool> touched;    // of this step, per parameter of the unit
+    bool accumulated = false;      // something is in the accumulator
+    std::vector<bool> touched;     // of this step, per parameter of the unit
   };
 
-  // Client requests (job_clients.cc).
+  // Requests (job_clients.cc).
   bool Attached(SlotIndex slot) const;
   absl::Status CheckUnitAndStep(UnitIndex unit, Step step) const;
   absl::Status CheckRange(UnitIndex unit, uint64_t begin, uint64_t count) const;
-  void Answer(SlotIndex slot, uint64_t cookie, absl::Status status, uint64_t result = 0);
-  void RequestGather(SlotIndex slot, uint64_t cookie, UnitIndex unit);
+  absl::Status MissingRank() const;
+  void Answer(Waiter waiter, absl::Status status, uint64_t result = 0);
+  void AnswerAll(std::vector<Waiter>* waiters, const absl::Status& status, uint64_t result = 0);
   void MaybeReportGradients(UnitIndex unit);
   void MaybeReportStep();
-  void MaybeReportScalar();
+  void MaybeReportScalars();
+  void AnswerReclaims(UnitIndex unit);
   void PumpStaging(UnitIndex unit);
-  bool SlotsSettled() const;
-  absl::Status MissingRank() const;
+  bool Settled(const Slot& slot, UnitIndex unit, uint32_t round, uint32_t pass) const;
+  void SetForecast(const std::vector<UnitIndex>& trace);
+  void Saw(SlotIndex slot, UnitIndex unit);
+  uint64_t NextUse(UnitIndex unit) const;
+
+  // Room and copies (job_clients.cc).
+  void RequestCopy(UnitIndex unit);
+  void RetryRoom();
+  void Forecast();
+  void PublishCopy(UnitIndex unit, Step version);
 
   // The log (job_log.cc).
-  void AppendEntries(const std::vector<Entry>& entries);
+  absl::Status AppendEntries(const std::vector<Entry>& entries);
   void Advance();
   bool CanStart(const Entry& e) const;
   void Start(const Entry& e);
+  void StartFirst(const Entry& e);
+  void StartGather(const Entry& e);
+  void StartReduceScatter(const Entry& e);
   void StartCommit(const Entry& e);
+  void ApplyCommitted(const Entry& e);
   void StartGeneration(const Entry& e);
   void StartScalar(const Entry& e);
-  void FinishAllGather(const Entry& e);
+  void StartLeave(const Entry& e);
+  void FinishEntry(const Entry& e);
   void MaybeFinishStep();
-  void Forecast();
+  void ResetStep();
+
+  // Members (job.cc).
+  void Tell(ReportItem item);
+  absl::Status Sequence(MemberIndex from, const Report& report);
   void Fail(const absl::Status& status);
   void EndWith(const absl::Status& status);
-  void ResetStep();
-  void ReportToSequencer(ReportItem item);
-  void DeliverReport(MemberIndex from, const Report& report);
   void Emit(Action action) { actions_.push_back(std::move(action)); }
   void Pump();
 
@@ -281,29 +306,34 @@ class Job {
   JobState state_ = JobState::kForming;
   absl::Status failure_;
   uint64_t generation_ = 1;
+  bool connect_asked_ = false;
   bool connected_ = false;
-  Step committed_ = 0;     // COMMIT started
+  Step committed_ = 0;  // COMMIT started
   uint64_t applied_ = 0;
   std::vector<uint64_t> parameter_steps_;
   std::vector<Slot> slots_;
   std::vector<UnitState> units_;
-  std::vector<bool> left_;  // per rank of the world
-  uint32_t left_count_ = 0;
-  std::deque<Entry> log_;   // appended, not started
-  uint64_t next_seq_ = 1;   // the next entry to be appended here
+  std::deque<UnitIndex> room_queue_;  // demands that wait for a copy on its way
+  std::vector<bool> left_;            // per rank of the world
+  std::deque<Entry> log_;             // appended, not started
+  uint64_t next_seq_ = 1;             // the next entry to be appended here
   absl::flat_hash_map<uint64_t, Entry> running_;  // started, not done
-  absl::flat_hash_map<uint64_t, Waiter> exchanges_waiters_;
-  std::deque<std::pair<Waiter, std::pair<UnitIndex, uint64_t>>> puts_;
+  absl::flat_hash_set<uint64_t> receiving_;         // all-gathers that fill a copy here
+  absl::flat_hash_map<uint64_t, Waiter> exchange_waiters_;  // PUT and READ under way, by seq
+  std::deque<Waiter> requests_;       // PUT and READ of this node, in the order told
   std::deque<ScalarWait> scalars_;
-  uint64_t scalars_done_ = 0;
   bool step_reported_ = false;
   bool norm_running_ = false;
+  uint32_t applying_ = 0;
   bool finishing_step_ = false;   // COMMIT started, clients not yet answered
-  std::optional<StepResult> step_result_;
-  std::vector<UnitIndex> forecast_;  // order in which units will be needed
+  StepResult step_result_;
+  std::vector<UnitIndex> forecast_;                     // the order in which units will be needed
+  std::vector<std::vector<size_t>> forecast_places_;    // per unit, ascending
   size_t forecast_next_ = 0;
-  Report outbox_;
-  std::deque<Report> self_reports_;
+  uint64_t forecast_elements_in_flight_ = 0;
+  std::vector<ReportItem> outbox_;
+  std::vector<Entry> unsent_;       // member 0: entries that some member has not been sent
+  std::vector<uint64_t> sent_seq_;  // member 0: per member
   bool pumping_ = false;
   std::vector<Action> actions_;
 };

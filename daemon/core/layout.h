@@ -86,13 +86,12 @@ class Layout {
   // Norms are summed, and shards cut, in blocks of this many elements: 64 Ki, fewer in a small
   // model so that its shards balance. A power of two, a function of the layout alone.
   uint64_t block_elements() const { return block_elements_; }
+  // Blocks that [range) touches; REQUIRES: it begins on a block boundary.
+  uint64_t Blocks(Range range) const {
+    return range.empty() ? 0 : (range.size() + block_elements_ - 1) / block_elements_;
+  }
   uint64_t UnitBytes(UnitIndex u) const { return units_[u].elements * DTypeBytes(dtype_); }
   const Hash128& hash() const { return hash_; }
-
-  // The largest number of chunks that must be readable at once: a unit with every unit that
-  // belongs to a module around its own.
-  uint64_t largest_live_chunks() const { return largest_live_chunks_; }
-  const std::string& largest_live_unit() const { return largest_live_unit_; }
 
  private:
   DType dtype_ = DType::kFloat32;
@@ -103,8 +102,6 @@ class Layout {
   uint64_t parameter_elements_ = 0;
   uint64_t chunks_ = 0;
   uint64_t block_elements_ = 0;
-  uint64_t largest_live_chunks_ = 0;
-  std::string largest_live_unit_;
   Hash128 hash_;
 };
 

@@ -48,8 +48,8 @@ struct HyperParameters {
   double loss_scale = 1;
   bool want_norm = false;
   std::vector<Group> groups;
+  // Of what all ranks must agree on: everything but want_norm.
   Hash128 Hash() const;
-  friend bool operator==(const HyperParameters&, const HyperParameters&) = default;
 };
 
 // The outcome of NORM k: a pure function of the reduced gradients and the hyper-parameters.
@@ -119,7 +119,8 @@ struct Entry {
   uint64_t ordinal = 0;  // kScalar: the n-th of the generation, from 1
   ScalarValues scalar;   // kScalar: the result
   Rank rank = 0;         // kLeave, kGeneration
-  std::string reason;    // kGeneration: how the rank died
+  std::string reason;    // kGeneration: how the rank died; kScalar: not empty = it failed
+  bool norm_needed = false;  // kNorm: somebody clips, asks, or skips by it
   Decision decision;     // kCommit
 };
 

@@ -74,11 +74,6 @@ class Window {
   // Rewritten in place or stale: kFilling where it has chunks and `refill`, else kept as a
   // worthless copy whose chunks go to whoever asks.
   void Retract(UnitIndex u, bool refill);
-  // All valid copies carry `version` from now on (a skipped step).
-  void Bump(Step version);
-  // All copies are stale.
-  void RetractAll();
-
   bool pinned(UnitIndex u) const { return spec_.pinned[u]; }
   bool resident(UnitIndex u) const { return spec_.resident[u]; }
   uint64_t chunks() const { return chunks_; }

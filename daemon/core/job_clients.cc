@@ -1,0 +1,480 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What clients ask: checks, answers, and the reports that follow from them.
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+#include "daemon/core/job.h"
+#include "daemon/core/sequencer.h"
+
+namespace zerod::core {
+namespace {
+
+constexpr size_t kScalarsMax = 64;
+constexpr size_t kGroupsMax = 64;
+
+}  // namespace
+
+bool Job::Attached(SlotIndex slot) const {
+  return slot < slots_.size() && slots_[slot].state == SlotState::kAttached;
+}
+
+void Job::Answer(Waiter waiter, absl::Status status, uint64_t result) {
+  if (waiter.cookie == 0 || !Attached(waiter.slot)) return;
+  Complete c;
+  c.slot = waiter.slot;
+  c.cookie = waiter.cookie;
+  c.status = std::move(status);
+  c.result = result;
+  Emit(std::move(c));
+}
+
+void Job::AnswerAll(std::vector<Waiter>* waiters, const absl::Status& status, uint64_t result) {
+  for (const Waiter& w : std::exchange(*waiters, {})) Answer(w, status, result);
+}
+
+absl::Status Job::CheckUnitAndStep(UnitIndex unit, Step step) const {
+  if (unit >= units_.size()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("there is no unit ", unit, ", the layout has ", units_.size()));
+  }
+  if (state_ != JobState::kRunning) {
+    return absl::FailedPreconditionError(
+        "the job has not started: wait for all ranks with a barrier after attaching");
+  }
+  if (step != committed_ + 1) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("a request for step ", step, ", but the step under way is ", committed_ + 1));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Job::CheckRange(UnitIndex unit, uint64_t begin, uint64_t count) const {
+  const uint64_t elements = spec_.layout->units()[unit].elements;
+  if (begin > elements || count > elements - begin) {
+    return absl::InvalidArgumentError(absl::StrCat("elements [", begin, ", +", count,
+                                                   ") of unit ", unit, ", which has ", elements));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Job::MissingRank() const {
+  for (Rank r = 0; r < left_.size(); ++r) {
+    if (left_[r]) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("rank ", r, " has left the job: what needs all ranks can't complete. All "
+                       "ranks must take the same number of steps and barriers"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// --- Gathers ---------------------------------------------------------------------------------
+
+void Job::OnGather(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step) {
+  if (!Attached(slot)) return;
+  absl::Status status = CheckUnitAndStep(unit, step);
+  if (status.ok() && slots_[slot].stepped) {
+    status = absl::FailedPreconditionError("a gather after STEP and before its answer");
+  }
+  if (!status.ok()) return Answer({slot, cookie}, status);
+  Saw(slot, unit);
+  if (window_.Valid(unit, committed_)) {
+    Answer({slot, cookie}, absl::OkStatus());
+  } else {
+    units_[unit].waiters.push_back({slot, cookie});
+    RequestCopy(unit);
+  }
+  Forecast();
+  Pump();
+}
+
+void Job::OnRelease(SlotIndex slot, UnitIndex unit) {
+  if (!Attached(slot) || unit >= units_.size() || state_ != JobState::kRunning) return;
+  Saw(slot, unit);
+  RetryRoom();
+  Forecast();
+  Pump();
+}
+
+// Makes sure that a copy of the present version is on its way to somebody who waits for it.
+void Job::RequestCopy(UnitIndex unit) {
+  UnitState& u = units_[unit];
+  if (window_.copy(unit) == Window::Copy::kFilling) return;
+  absl::Status error;
+  switch (window_.Reserve(unit, /*demand=*/true, [this](UnitIndex v) { return NextUse(v); },
+                          &error)) {
+    case Window::Room::kReserved:
+      u.forecast = false;
+      Tell(Want{unit, committed_});
+      break;
+    case Window::Room::kLater:
+      if (std::find(room_queue_.begin(), room_queue_.end(), unit) == room_queue_.end()) {
+        room_queue_.push_back(unit);
+      }
+      break;
+    case Window::Room::kNone:
+      AnswerAll(&u.waiters, error);
+      break;
+  }
+}
+
+// First in, first out: a demand that still finds no room keeps the later ones waiting, so that
+// small units cannot starve a large one.
+void Job::RetryRoom() {
+  for (size_t tries = room_queue_.size(); tries > 0 && !room_queue_.empty(); --tries) {
+    UnitIndex unit = room_queue_.front();
+    room_queue_.pop_front();
+    if (units_[unit].waiters.empty() || window_.copy(unit) != Window::Copy::kAbsent) continue;
+    RequestCopy(unit);
+    if (!room_queue_.empty() && room_queue_.back() == unit) {
+      room_queue_.pop_back();
+      room_queue_.push_front(unit);
+      return;
+    }
+  }
+}
+
+void Job::PublishCopy(UnitIndex unit, Step version) {
+  UnitState& u = units_[unit];
+  window_.Publish(unit, version);
+  if (u.forecast) {
+    u.forecast = false;
+    forecast_elements_in_flight_ -= spec_.layout->units()[unit].elements;
+  }
+  AnswerAll(&u.waiters, absl::OkStatus());
+}
+
+// --- Forecast: what the last step gathered, in its order --------------------------------------
+
+void Job::SetForecast(const std::vector<UnitIndex>& trace) {
+  forecast_.clear();
+  forecast_places_.assign(units_.size(), {});
+  for (UnitIndex u : trace) {
+    if (u >= units_.size()) continue;
+    forecast_places_[u].push_back(forecast_.size());
+    forecast_.push_back(u);
+  }
+}
+
+// Moves the slot's cursor to where the forecast next expects this unit.
+void Job::Saw(SlotIndex slot, UnitIndex unit) {
+  const std::vector<size_t>& places = forecast_places_[unit];
+  auto next = std::lower_bound(places.begin(), places.end(), slots_[slot].cursor);
+  if (next != places.end()) slots_[slot].cursor = *next;
+}
+
+// How far ahead the unit's next use is, for the rank of this node that needs it soonest.
+uint64_t Job::NextUse(UnitIndex unit) const {
+  const std::vector<size_t>& places = forecast_places_[unit];
+  uint64_t soonest = UINT64_MAX - 1;
+  for (const Slot& s : slots_) {
+    if (s.state != SlotState::kAttached) continue;
+    auto next = std::lower_bound(places.begin(), places.end(), s.cursor);
+    if (next != places.end()) soonest = std::min<uint64_t>(soonest, *next - s.cursor);
+  }
+  return soonest;
+}
+
+// Asks ahead for what will be needed, as far as the bucket and the window have room.
+void Job::Forecast() {
+  if (state_ != JobState::kRunning || spec_.prefetch_elements == 0 || !room_queue_.empty()) return;
+  size_t front = 0;
+  for (const Slot& s : slots_) {
+    if (s.state == SlotState::kAttached) front = std::max(front, s.cursor);
+  }
+  for (forecast_next_ = std::max(forecast_next_, front); forecast_next_ < forecast_.size();
+       ++forecast_next_) {
+    const UnitIndex unit = forecast_[forecast_next_];
+    if (window_.resident(unit) || window_.copy(unit) == Window::Copy::kFilling ||
+        window_.Valid(unit, committed_)) {
+      continue;
+    }
+    const uint64_t elements = spec_.layout->units()[unit].elements;
+    if (forecast_elements_in_flight_ != 0 &&
+        forecast_elements_in_flight_ + elements > spec_.prefetch_elements) {
+      return;
+    }
+    absl::Status error;
+    if (window_.Reserve(unit, /*demand=*/false, [this](UnitIndex v) { return NextUse(v); },
+                        &error) != Window::Room::kReserved) {
+      return;
+    }
+    units_[unit].forecast = true;
+    forecast_elements_in_flight_ += elements;
+    Tell(Want{unit, committed_});
+  }
+}
+
+// --- Gradients -------------------------------------------------------------------------------
+
+void Job::OnScatter(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step, bool last,
+                    uint64_t staging_offset, const std::vector<bool>& touched) {
+  if (!Attached(slot)) return;
+  absl::Status status = CheckUnitAndStep(unit, step);
+  Slot& s = slots_[slot];
+  if (status.ok() && s.stepped) {
+    status = absl::FailedPreconditionError("a scatter after STEP and before its answer");
+  } else if (status.ok() && (s.marks[unit] >= kRoundsMax ||
+                             touched.size() != units_[unit].touched.size())) {
+    status = absl::InvalidArgumentError("too many scatters, or touched bits of another size");
+  }
+  if (!status.ok()) return Answer({slot, cookie}, status);
+  UnitState& u = units_[unit];
+  for (size_t i = 0; i < touched.size(); ++i) {
+    if (touched[i]) u.touched[i] = true;
+  }
+  if (spec_.node_sum) {
+    Staged staged{slot, cookie, staging_offset, s.marks[unit] + 1u, s.passes[unit]++};
+    auto place = std::upper_bound(
+        u.staged.begin(), u.staged.end(), staged,
+        [](const Staged& a, const Staged& b) { return a.Key() < b.Key(); });
+    // The first may be on its way to the accumulator already; it stays the first.
+    if (place == u.staged.begin() && u.accumulating) ++place;
+    u.staged.insert(place, staged);
+  } else {
+    Answer({slot, cookie}, absl::OkStatus());
+  }
+  if (last) {
+    ++s.marks[unit];
+    s.passes[unit] = 0;
+  }
+  if (spec_.node_sum) PumpStaging(unit);
+  MaybeReportGradients(unit);
+  Pump();
+}
+
+// True when `slot` will hand over nothing more of `unit` up to (round, pass).
+bool Job::Settled(const Slot& slot, UnitIndex unit, uint32_t round, uint32_t pass) const {
+  if (slot.stepped || slot.marks[unit] >= round) return true;
+  return slot.marks[unit] + 1u == round && slot.passes[unit] > pass;
+}
+
+// node_sum: adds what is next in the fixed order (round, micro-step, rank), if it is there.
+void Job::PumpStaging(UnitIndex unit) {
+  UnitState& u = units_[unit];
+  if (u.accumulating || u.staged.empty() || u.reducing != 0) return;
+  const Staged& next = u.staged.front();
+  // A later round goes to the accumulator only when the round before has left it.
+  if (next.round > u.reduced_round + 1) return;
+  for (SlotIndex i = 0; i < slots_.size(); ++i) {
+    if (i == next.slot) continue;
+    const bool before = i < next.slot ? Settled(slots_[i], unit, next.round, next.pass)
+                                      : next.pass == 0 ||
+                                            Settled(slots_[i], unit, next.round, next.pass - 1);
+    if (!before) return;
+  }
+  u.accumulating = true;
+  Emit(StartAccumulate{unit, next.slot, next.offset, /*first=*/!u.accumulated});
+  u.accumulated = true;
+}
+
+void Job::OnAccumulateDone(UnitIndex unit, SlotIndex slot) {
+  if (state_ != JobState::kRunning || unit >= units_.size()) return;
+  UnitState& u = units_[unit];
+  if (!u.accumulating) return;
+  CHECK(!u.staged.empty() && u.staged.front().slot == slot);
+  u.accumulating = false;
+  const Waiter waiter{slot, u.staged.front().cookie};
+  u.staged.erase(u.staged.begin());
+  Answer(waiter, absl::OkStatus());
+  PumpStaging(unit);
+  MaybeReportGradients(unit);
+  MaybeReportStep();
+  Pump();
+}
+
+// A round is this node's when each of its clients has marked it or sent STEP.
+void Job::MaybeReportGradients(UnitIndex unit) {
+  if (state_ != JobState::kRunning || step_reported_) return;
+  UnitState& u = units_[unit];
+  for (;;) {
+    const uint32_t round = u.reported_round + 1;
+    bool any = false;
+    for (const Slot& s : slots_) {
+      if (s.state != SlotState::kAttached) return;
+      if (s.marks[unit] >= round) {
+        any = true;
+      } else if (!s.stepped) {
+        return;
+      }
+    }
+    if (!any) return;
+    if (!u.staged.empty() && u.staged.front().round <= round) return;
+    u.reported_round = round;
+    Tell(GradientsReady{unit, committed_ + 1, round});
+  }
+}
+
+void Job::OnReclaim(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step) {
+  if (!Attached(slot)) return;
+  absl::Status status = CheckUnitAndStep(unit, step);
+  if (status.ok() && (slots_[slot].stepped || slots_[slot].marks[unit] == 0)) {
+    status = absl::FailedPreconditionError("a reclaim of a unit that was not scattered");
+  }
+  if (!status.ok()) return Answer({slot, cookie}, status);
+  units_[unit].reclaims.push_back({slot, cookie});
+  AnswerReclaims(unit);
+  Pump();
+}
+
+void Job::AnswerReclaims(UnitIndex unit) {
+  UnitState& u = units_[unit];
+  std::vector<Waiter> later;
+  for (const Waiter& w : std::exchange(u.reclaims, {})) {
+    if (u.reducing == 0 && u.reduced_round >= slots_[w.slot].marks[unit]) {
+      // One member: nothing was moved, the sum is taken again over all that lies there.
+      Answer(w, absl::OkStatus(), spec_.members > 1 || spec_.node_sum ? 1 : 0);
+    } else {
+      later.push_back(w);
+    }
+  }
+  u.reclaims = std::move(later);
+}
+
+// --- STEP ------------------------------------------------------------------------------------
+
+void Job::OnStep(SlotIndex slot, uint64_t cookie, Step step, const HyperParameters& hyper,
+                 const std::vector<UnitIndex>& trace) {
+  if (!Attached(slot)) return;
+  Slot& s = slots_[slot];
+  if (step <= committed_ && !s.stepped && state_ == JobState::kRunning) {
+    // A client that did not hear the answer asks again: the step is there.
+    Complete c;
+    c.slot = slot;
+    c.cookie = cookie;
+    c.step = StepResult{};
+    return Emit(std::move(c));
+  }
+  absl::Status status = CheckUnitAndStep(0, step);
+  if (status.ok() && s.stepped) {
+    status = absl::FailedPreconditionError("a second STEP before the answer to the first");
+  } else if (status.ok() && hyper.groups.size() > kGroupsMax) {
+    status = absl::InvalidArgumentError("too many parameter groups");
+  } else if (status.ok()) {
+    for (const Parameter& p : spec_.layout->parameters()) {
+      if (p.trainable && p.group >= hyper.groups.size()) {
+        status = absl::InvalidArgumentError(
+            absl::StrCat("the parameter '", p.name, "' is in group ", p.group, ", but STEP has ",
+                         hyper.groups.size(), " groups"));
+        break;
+      }
+    }
+  }
+  if (status.ok()) status = MissingRank();
+  if (!status.ok()) return Answer({slot, cookie}, status);
+  s.stepped = true;
+  s.step_cookie = cookie;
+  s.hyper = hyper;
+  s.cursor = 0;
+  if (slot == 0 && !trace.empty()) SetForecast(trace);
+  for (UnitIndex u = 0; u < units_.size(); ++u) {
+    if (spec_.node_sum) PumpStaging(u);
+    MaybeReportGradients(u);
+  }
+  MaybeReportStep();
+  Pump();
+}
+
+void Job::MaybeReportStep() {
+  if (state_ != JobState::kRunning || step_reported_) return;
+  StepReady ready;
+  ready.step = committed_ + 1;
+  for (const Slot& s : slots_) {
+    if (s.state != SlotState::kAttached || !s.stepped) return;
+    ready.ranks.push_back(s.rank);
+  }
+  for (const UnitState& u : units_) {
+    if (!u.staged.empty()) return;
+  }
+  ready.hyper = slots_[0].hyper;
+  for (const Slot& s : slots_) {
+    ready.hyper.want_norm |= s.hyper.want_norm;
+    if (ready.agree && !(s.hyper.Hash() == slots_[0].hyper.Hash())) {
+      ready.agree = false;
+      ready.disagreement = absl::StrCat(
+          "the ranks ", s.rank, " and ", slots_[0].rank,
+          " disagree about the hyper-parameters of this step (learning rate, betas, eps, weight "
+          "decay, clipping or loss scale). Step the scheduler on every rank alike");
+    }
+  }
+  step_reported_ = true;
+  Tell(std::move(ready));
+}
+
+// --- State in and out, scalars, leaving --------------------------------------------------------
+
+void Job::OnPut(SlotIndex slot, uint64_t cookie, UnitIndex unit, uint64_t begin, uint64_t count) {
+  if (!Attached(slot)) return;
+  absl::Status status = CheckUnitAndStep(unit, committed_ + 1);
+  if (status.ok()) status = CheckRange(unit, begin, count);
+  if (!status.ok()) return Answer({slot, cookie}, status);
+  requests_.push_back({slot, cookie});
+  Tell(PutRequest{slot, unit, begin, count});
+  Pump();
+}
+
+void Job::OnRead(SlotIndex slot, uint64_t cookie, UnitIndex unit, uint64_t begin, uint64_t count,
+                 StateKind kind) {
+  if (!Attached(slot)) return;
+  absl::Status status = CheckUnitAndStep(unit, committed_ + 1);
+  if (status.ok()) status = CheckRange(unit, begin, count);
+  if (status.ok() && (kind != StateKind::kMaster && kind != StateKind::kExpAvg &&
+                      kind != StateKind::kExpAvgSq)) {
+    status = absl::InvalidArgumentError("no such kind of state");
+  }
+  if (!status.ok()) return Answer({slot, cookie}, status);
+  requests_.push_back({slot, cookie});
+  Tell(ReadRequest{slot, unit, begin, count, kind});
+  Pump();
+}
+
+void Job::OnScalar(SlotIndex slot, uint64_t cookie, const ScalarValues& values) {
+  if (!Attached(slot)) return;
+  absl::Status status = MissingRank();
+  if (status.ok() && (values.values.size() > kScalarsMax || values.op > ScalarOp::kMax)) {
+    status = absl::InvalidArgumentError("too many values, or no such operation");
+  }
+  if (!status.ok()) return Answer({slot, cookie}, status);
+  const uint64_t ordinal = ++slots_[slot].scalars;
+  auto wait = std::find_if(scalars_.begin(), scalars_.end(),
+                           [&](const ScalarWait& w) { return w.ordinal == ordinal; });
+  if (wait == scalars_.end()) {
+    scalars_.emplace_back();
+    wait = std::prev(scalars_.end());
+    wait->ordinal = ordinal;
+    wait->values.resize(slots_.size());
+  }
+  wait->values[slot] = values;
+  wait->waiters.push_back({slot, cookie});
+  MaybeReportScalars();
+  Pump();
+}
+
+// Barriers may be posted while the generation still forms; they are reported once it runs.
+void Job::MaybeReportScalars() {
+  if (state_ != JobState::kRunning) return;
+  for (ScalarWait& w : scalars_) {
+    if (w.reported) continue;
+    ScalarReady ready;
+    ready.ordinal = w.ordinal;
+    for (SlotIndex i = 0; i < slots_.size(); ++i) {
+      if (!w.values[i].has_value()) return;
+      ready.ranks.push_back(slots_[i].rank);
+      ready.values.push_back(*w.values[i]);
+    }
+    w.reported = true;
+    Tell(std::move(ready));
+  }
+}
+
+void Job::OnDetach(SlotIndex slot, uint64_t cookie) {
+  if (!Attached(slot)) return;
+  Answer({slot, cookie}, absl::OkStatus());
+  slots_[slot].state = SlotState::kLeft;
+  Tell(ClientGone{slots_[slot].rank, /*left=*/true, "it detached"});
+  Pump();
+}
+
+}  // namespace zerod::core

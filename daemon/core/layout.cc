@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "daemon/core/layout.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <set>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "base/status.h"
+#include "daemon/core/units.h"
+
+namespace zerod::core {
+namespace {
+
+// proto/shm/format.h's values; core may not include it, tests/core asserts that they agree.
+constexpr uint64_t kChunkBytes = 64 * 1024;
+constexpr uint64_t kParamAlign = 32;
+constexpr uint32_t kGroupsMax = 64;
+constexpr uint64_t kElementsMax = uint64_t{1} << 40;
+constexpr size_t kParametersMax = 1 << 20;
+
+constexpr uint64_t kBlockMax = 64 * 1024;
+constexpr uint64_t kBlockMin = 256;
+constexpr uint64_t kBlocksWanted = 256;
+
+uint64_t RoundUp(uint64_t n, uint64_t to) { return (n + to - 1) / to * to; }
+
+absl::StatusOr<uint64_t> Elements(const ParameterDescription& p) {
+  uint64_t n = 1;
+  for (int64_t d : p.shape) {
+    if (d < 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("the parameter '", p.name, "' has a negative dimension ", d));
+    }
+    if (d != 0 && n > kElementsMax / static_cast<uint64_t>(d)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("the parameter '", p.name, "' has more than 2^40 elements"));
+    }
+    n *= static_cast<uint64_t>(d);
+  }
+  return n;
+}
+
+// 64 Ki, or the power of two that gives a small model some 256 blocks.
+uint64_t BlockElements(uint64_t elements) {
+  uint64_t block = kBlockMax;
+  while (block > kBlockMin && elements / block < kBlocksWanted) block /= 2;
+  return block;
+}
+
+}  // namespace
+
+Range Intersect(Range a, Range b) {
+  Range r{std::max(a.begin, b.begin), std::min(a.end, b.end)};
+  if (r.end < r.begin) r.end = r.begin;
+  return r;
+}
+
+absl::StatusOr<Layout> Layout::Build(const ModelDescription& model,
+                                     const std::map<std::string, std::string>& unit_overrides) {
+  if (model.parameters.empty()) {
+    return absl::InvalidArgumentError("the model has no parameters");
+  }
+  if (model.parameters.size() > kParametersMax) {
+    return absl::InvalidArgumentError("the model has more than 2^20 parameter tensors");
+  }
+  ASSIGN_OR_RETURN(UnitAssignment assignment, AssignUnits(model, unit_overrides));
+
+  Layout layout;
+  layout.dtype_ = model.dtype;
+  std::set<std::string> names;
+  layout.units_.resize(assignment.names.size());
+  for (size_t u = 0; u < assignment.names.size(); ++u) layout.units_[u].name = assignment.names[u];
+  for (size_t i = 0; i < model.parameters.size(); ++i) {
+    const ParameterDescription& d = model.parameters[i];
+    if (!names.insert(d.name).second) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("the parameter '", d.name, "' is listed twice"));
+    }
+    if (d.group >= kGroupsMax) {
+      return absl::InvalidArgumentError(absl::StrCat("the parameter '", d.name, "' is in group ",
+                                                     d.group, ": at most ", kGroupsMax,
+                                                     " parameter groups are served"));
+    }
+    Parameter p;
+    p.name = d.name;
+    p.shape = d.shape;
+    p.trainable = d.trainable;
+    p.group = d.group;
+    p.unit = assignment.of[i];
+    ASSIGN_OR_RETURN(p.elements, Elements(d));
+    layout.parameter_elements_ += p.elements;
+    if (layout.parameter_elements_ > kElementsMax) {
+      return absl::InvalidArgumentError("the model has more than 2^40 parameter elements");
+    }
+    layout.units_[p.unit].parameters.push_back(static_cast<uint32_t>(i));
+    layout.parameters_.push_back(std::move(p));
+  }
+
+  for (Unit& unit : layout.units_) {
+    std::stable_partition(unit.parameters.begin(), unit.parameters.end(),
+                          [&](uint32_t i) { return layout.parameters_[i].trainable; });
+    for (uint32_t i : unit.parameters) {
+      Parameter& p = layout.parameters_[i];
+      p.offset = unit.elements;
+      // An empty parameter takes a place too, so that every parameter has an address of its own.
+      unit.elements += RoundUp(std::max<uint64_t>(p.elements, 1), kParamAlign);
+      if (p.trainable) unit.trainable_elements = unit.elements;
+    }
+    unit.chunks = RoundUp(unit.elements * DTypeBytes(layout.dtype_), kChunkBytes) / kChunkBytes;
+    unit.first_chunk = layout.chunks_;
+    layout.chunks_ += unit.chunks;
+    layout.elements_ += unit.elements;
+    layout.trainable_elements_ += unit.trainable_elements;
+  }
+  if (layout.chunks_ >= std::numeric_limits<uint32_t>::max()) {
+    return absl::InvalidArgumentError("the model needs more than 2^32 chunks of 64 KiB");
+  }
+  layout.block_elements_ = BlockElements(layout.elements_);
+  for (Unit& unit : layout.units_) unit.blocks = layout.Blocks({0, unit.elements});
+
+  Hasher h;
+  h.Add("zerod layout 1").Add(uint64_t(layout.dtype_)).Add(uint64_t{layout.units_.size()});
+  for (const Unit& unit : layout.units_) {
+    h.Add(unit.name).Add(unit.elements).Add(uint64_t{unit.parameters.size()});
+    for (uint32_t i : unit.parameters) {
+      const Parameter& p = layout.parameters_[i];
+      h.Add(uint64_t{i}).Add(p.name).Add(uint64_t{p.shape.size()});
+      for (int64_t d : p.shape) h.Add(static_cast<uint64_t>(d));
+      h.Add(p.offset).Add(uint64_t{p.group}).Add(uint64_t{p.trainable});
+    }
+  }
+  layout.hash_ = h.Finish();
+  return layout;
+}
+
+Partition::Partition(const Layout& layout, uint32_t members) : members_(members) {
+  const uint64_t block = layout.block_elements();
+  std::vector<uint64_t> load(members, 0);
+  std::vector<MemberIndex> order(members);
+  for (const Unit& unit : layout.units()) {
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](MemberIndex a, MemberIndex b) { return load[a] < load[b]; });
+    std::vector<uint64_t> blocks(members, unit.blocks / members);
+    for (uint64_t i = 0; i < unit.blocks % members; ++i) ++blocks[order[i]];
+    uint64_t begin = 0;
+    for (MemberIndex m = 0; m < members; ++m) {
+      Range r{begin, std::min(begin + blocks[m] * block, unit.elements)};
+      shards_.push_back(r);
+      load[m] += r.size();
+      begin = r.end;
+    }
+    trainable_.push_back(unit.trainable_elements);
+  }
+}
+
+Range Partition::TrainableShard(UnitIndex u, MemberIndex m) const {
+  return Intersect(Shard(u, m), {0, trainable_[u]});
+}
+
+uint64_t Partition::ShardElements(MemberIndex m) const {
+  uint64_t n = 0;
+  for (size_t u = 0; u < trainable_.size(); ++u) n += Shard(u, m).size();
+  return n;
+}
+
+uint64_t Partition::TrainableShardElements(MemberIndex m) const {
+  uint64_t n = 0;
+  for (size_t u = 0; u < trainable_.size(); ++u) n += TrainableShard(u, m).size();
+  return n;
+}
+
+}  // namespace zerod::core

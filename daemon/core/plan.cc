@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "daemon/core/plan.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/status.h"
+
+namespace zerod::core {
+namespace {
+
+constexpr uint64_t kChunkBytes = 64 * 1024;
+constexpr uint64_t kPage = 4096;
+
+uint64_t PageUp(uint64_t n) { return (n + kPage - 1) / kPage * kPage; }
+uint64_t ChunksFor(uint64_t bytes) { return (bytes + kChunkBytes - 1) / kChunkBytes; }
+
+bool IsAncestor(const std::string& ancestor, const std::string& path) {
+  if (ancestor == path) return false;
+  return ancestor.empty() || (path.size() > ancestor.size() && path[ancestor.size()] == '.' &&
+                              path.compare(0, ancestor.size(), ancestor) == 0);
+}
+
+struct LiveSet {
+  uint64_t chunks = 0;
+  std::string unit;
+};
+
+// The most chunks that unpinned units need at once: a unit and the units of the modules around
+// it, which stay gathered while it runs.
+LiveSet LargestLiveSet(const Layout& layout, const std::vector<bool>& pinned) {
+  LiveSet largest;
+  const auto& units = layout.units();
+  for (UnitIndex u = 0; u < units.size(); ++u) {
+    uint64_t live = pinned[u] ? 0 : units[u].chunks;
+    for (UnitIndex v = 0; v < units.size(); ++v) {
+      if (!pinned[v] && IsAncestor(units[v].name, units[u].name)) live += units[v].chunks;
+    }
+    if (live > largest.chunks) largest = {live, units[u].name};
+  }
+  return largest;
+}
+
+absl::StatusOr<WindowSpec> PlanWindow(const Config& config, const Layout& layout,
+                                      uint32_t members) {
+  const auto& units = layout.units();
+  const uint64_t element_bytes = DTypeBytes(layout.dtype());
+  const uint64_t limit_bytes = config.zerod.window_bytes_max;
+  WindowSpec spec;
+  spec.pinned.assign(units.size(), true);
+  spec.resident.assign(units.size(), true);
+  spec.base_chunks = spec.max_chunks = layout.chunks();
+  if (config.zero.stage < 3) {
+    if (limit_bytes != 0 && limit_bytes < layout.chunks() * kChunkBytes) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "zerod.window_bytes_max is ", limit_bytes, ", but at stage ", config.zero.stage,
+          " all parameters stay gathered: it must be at least ", layout.chunks() * kChunkBytes,
+          ", or use stage 3"));
+    }
+    return spec;
+  }
+
+  uint64_t pinned_chunks = 0;
+  for (UnitIndex u = 0; u < units.size(); ++u) {
+    const bool persistent = units[u].elements < config.zero.param_persistence_threshold;
+    spec.resident[u] = spec.pinned[u] = persistent;
+    if (persistent) pinned_chunks += units[u].chunks;
+  }
+  const uint64_t live_chunks = ChunksFor(config.zero.max_live_parameters * element_bytes);
+  uint64_t base = pinned_chunks + live_chunks;
+  if (limit_bytes != 0) base = std::min(base, limit_bytes / kChunkBytes);
+  if (base >= layout.chunks()) {
+    // Everything fits: each unit keeps its chunks. With one member the optimizer then writes the
+    // copies themselves; with several they are gathered anew after each step.
+    spec.pinned.assign(units.size(), true);
+    if (members == 1) spec.resident.assign(units.size(), true);
+    return spec;
+  }
+  const LiveSet largest = LargestLiveSet(layout, spec.pinned);
+  if (base < pinned_chunks + largest.chunks) {
+    const uint64_t wanted_bytes = largest.chunks * kChunkBytes;
+    return absl::FailedPreconditionError(absl::StrCat(
+        "the window is too small: the unit '", largest.unit,
+        "' and the modules around it need ", wanted_bytes, " bytes at once, there are ",
+        base > pinned_chunks ? (base - pinned_chunks) * kChunkBytes : 0,
+        ". Set stage3_max_live_parameters to at least ", wanted_bytes / element_bytes,
+        limit_bytes != 0 ? absl::StrCat(" and zerod.window_bytes_max to at least ",
+                                        (pinned_chunks + largest.chunks) * kChunkBytes)
+                         : std::string()));
+  }
+  spec.base_chunks = base;
+  spec.max_chunks = limit_bytes == 0 ? layout.chunks()
+                                     : std::min(layout.chunks(), limit_bytes / kChunkBytes);
+  return spec;
+}
+
+void PlanState(const Config& config, const Layout& layout, uint32_t members, MemberIndex self,
+               JobPlan* plan) {
+  const Partition partition(layout, members);
+  const uint32_t stage = config.zero.stage;
+  const uint64_t window_bytes = plan->window.base_chunks * kChunkBytes;
+  const uint64_t shard = partition.ShardElements(self);
+  const uint64_t trainable_shard = partition.TrainableShardElements(self);
+  MemoryPlan& m = plan->memory;
+  const bool fp32 = layout.dtype() == DType::kFloat32;
+  const bool all_resident =
+      std::all_of(plan->window.resident.begin(), plan->window.resident.end(), [](bool r) { return r; });
+  plan->master_in_window = fp32 && all_resident && (stage < 3 || members == 1);
+  if (plan->master_in_window) {
+    m.parameters = window_bytes;
+  } else {
+    m.parameters = 4 * (stage == 0 || members == 1 ? layout.elements() : shard);
+    (stage < 3 ? m.copies : m.window) = window_bytes;
+    if (!fp32 && stage == 3 && members > 1) m.copies = 2 * shard;
+  }
+  if (members > 1) {
+    m.gradients = 4 * (stage <= 1 ? layout.trainable_elements() : trainable_shard);
+    m.staging = kStagingBytes;
+  }
+  m.moments = 8 * (stage == 0 ? layout.trainable_elements() : trainable_shard);
+}
+
+void PlanGradients(const Config& config, const Layout& layout, uint32_t local_world, bool node_sum,
+                   JobPlan* plan) {
+  plan->node_sum = node_sum;
+  plan->gradient_offsets.clear();
+  plan->staging_bytes = 0;
+  MemoryPlan& m = plan->memory;
+  if (!node_sum) {
+    uint64_t bytes = 0;
+    for (const Unit& unit : layout.units()) {
+      plan->gradient_offsets.push_back(bytes);
+      bytes += PageUp(unit.trainable_elements * 4);
+    }
+    plan->gradient_file_bytes = std::max(bytes, kPage);
+    m.accumulator = 0;
+  } else {
+    uint64_t largest = 0;
+    for (const Unit& unit : layout.units()) {
+      largest = std::max(largest, (unit.parameters.size() + 63) / 64 * 64 +
+                                      unit.trainable_elements * 4);
+    }
+    // Two of the largest: one on its way to the accumulator while the next is landed.
+    const uint64_t wanted = config.zerod.staging_bytes != 0 ? config.zerod.staging_bytes : 2 * largest;
+    plan->staging_bytes = PageUp(std::max(wanted, largest));
+    plan->gradient_file_bytes = std::max(plan->staging_bytes, kPage);
+    m.accumulator = 4 * layout.trainable_elements();
+  }
+  m.client_gradients = plan->gradient_file_bytes * local_world;
+}
+
+std::string Describe(const Config& config, const Layout& layout, uint32_t members,
+                     uint32_t local_world, const JobPlan& plan) {
+  std::string text = absl::StrFormat(
+      "%d parameters in %d units, stage %d, %d member(s), %d local rank(s); gradient plan %s%s; "
+      "window %.1f MiB of %.1f MiB%s; memory on this node %.1f MiB (",
+      layout.parameter_elements(), layout.units().size(), config.zero.stage, members, local_world,
+      plan.node_sum ? "node_sum" : "per_rank",
+      plan.node_sum && local_world > 1 ? " (a scatter may wait for another rank's)" : "",
+      plan.window.base_chunks * kChunkBytes / 1048576.0, layout.chunks() * kChunkBytes / 1048576.0,
+      plan.master_in_window ? ", which is the master copy" : "", plan.memory.total() / 1048576.0);
+  bool first = true;
+  for (const auto& [name, bytes] : plan.memory.Named()) {
+    if (bytes == 0) continue;
+    absl::StrAppendFormat(&text, "%s%s %.1f", first ? "" : ", ", name, bytes / 1048576.0);
+    first = false;
+  }
+  return text + ")";
+}
+
+}  // namespace
+
+std::vector<std::pair<std::string, uint64_t>> MemoryPlan::Named() const {
+  return {{"parameters", parameters},   {"copies", copies},
+          {"gradients", gradients},     {"moments", moments},
+          {"window", window},           {"accumulator", accumulator},
+          {"client_gradients", client_gradients}, {"staging", staging},
+          {"control", control}};
+}
+
+uint64_t MemoryPlan::total() const {
+  uint64_t sum = 0;
+  for (const auto& [name, bytes] : Named()) sum += bytes;
+  return sum;
+}
+
+absl::StatusOr<JobPlan> PlanJob(const Config& config, const Layout& layout, uint32_t members,
+                                MemberIndex self, uint32_t local_world, uint64_t available_bytes) {
+  if (config.zerod.master_remainder) {
+    return absl::UnimplementedError(
+        "zerod.master_remainder is not served yet: remove it from the configuration");
+  }
+  JobPlan plan;
+  ASSIGN_OR_RETURN(plan.window, PlanWindow(config, layout, members));
+  PlanState(config, layout, members, self, &plan);
+  plan.transfer_values_bytes = kTransferValuesBytes;
+  plan.transfer_bytes = kTransferValuesBytes + PageUp(config.zerod.client_state_bytes_max);
+  plan.memory.control = local_world * (plan.transfer_bytes + (256 << 10)) +
+                        PageUp(layout.chunks() * 4) + PageUp(layout.units().size() * 8) + kPage;
+
+  bool node_sum = config.zerod.gradient_plan == GradientPlanChoice::kNodeSum;
+  PlanGradients(config, layout, local_world, node_sum, &plan);
+  // With one local rank its own gradient is the node's sum already: per_rank is never larger.
+  if (config.zerod.gradient_plan == GradientPlanChoice::kAuto && local_world > 1 &&
+      plan.memory.total() > available_bytes / 10 * 9) {
+    PlanGradients(config, layout, local_world, /*node_sum=*/true, &plan);
+  }
+  plan.text = Describe(config, layout, members, local_world, plan);
+  return plan;
+}
+
+}  // namespace zerod::core

@@ -1,0 +1,405 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "daemon/core/sequencer.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "base/check.h"
+#include "base/status.h"
+
+namespace zerod::core {
+namespace {
+
+absl::Status BadMessage(MemberIndex from, const std::string& what) {
+  return absl::InternalError(absl::StrCat("member ", from, " sent a message that makes no sense: ",
+                                          what, ". Please report this; the job cannot go on"));
+}
+
+double Combine(ScalarOp op, double a, double b) {
+  switch (op) {
+    case ScalarOp::kSum:
+    case ScalarOp::kMean: return a + b;
+    case ScalarOp::kMin: return std::isnan(a) || a < b ? a : b;
+    case ScalarOp::kMax: return std::isnan(a) || a > b ? a : b;
+  }
+  return a;
+}
+
+}  // namespace
+
+Sequencer::Sequencer(const JobSpec* spec, std::vector<bool> gather_after_commit)
+    : spec_(spec), partition_(*spec->layout, spec->members),
+      gather_after_commit_(std::move(gather_after_commit)), members_(spec->members),
+      attached_(spec->world, false), reduced_round_(spec->layout->units().size(), 0) {
+  ResetStep();
+}
+
+Entry& Sequencer::Add(EntryKind kind, std::vector<Entry>* out) {
+  Entry& e = out->emplace_back();
+  e.seq = next_seq_++;
+  e.generation = generation_;
+  e.kind = kind;
+  return e;
+}
+
+void Sequencer::ResetStep() {
+  for (MemberState& m : members_) {
+    m.step.reset();
+    m.norm.reset();
+    m.ready_round.assign(spec_->layout->units().size(), 0);
+  }
+  std::fill(reduced_round_.begin(), reduced_round_.end(), 0);
+  norm_appended_ = false;
+}
+
+absl::Status Sequencer::OnReport(MemberIndex from, const Report& report, std::vector<Entry>* out,
+                                 absl::Status* refused) {
+  if (from >= members_.size()) return BadMessage(from, "there is no such member");
+  for (const ReportItem& item : report.items) {
+    if (const auto* j = std::get_if<Joined>(&item)) {
+      absl::Status status = OnJoined(from, *j);
+      if (!status.ok()) {
+        *refused = status;
+        return absl::OkStatus();
+      }
+      members_[from].joined = true;
+      MaybeStart(out);
+      continue;
+    }
+    if (!members_[from].joined) return BadMessage(from, "it has not joined");
+    if (const auto* f = std::get_if<Failed>(&item)) return f->status;
+    // Stale generations change nothing.
+    if (report.generation != generation_) continue;
+    RETURN_IF_ERROR(OnItem(from, item, out));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Sequencer::OnJoined(MemberIndex from, const Joined& j) const {
+  if (j.world != spec_->world || j.members != spec_->members) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("node ", from, " says the job has ", j.world, " ranks on ", j.members,
+                     " nodes, node 0 says ", spec_->world, " on ", spec_->members,
+                     ". Start all nodes with the same world size"));
+  }
+  if (!(j.layout == spec_->layout->hash())) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("node ", from, "'s model has another layout (hash ", j.layout.Hex(),
+                     ") than node 0's (", spec_->layout->hash().Hex(),
+                     "): names, shapes, dtype, trainable flags and groups of all parameters must "
+                     "be equal on all ranks"));
+  }
+  if (!(j.config == spec_->config_hash)) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "node ", from, "'s configuration or gradient plan differs from node 0's. Give all ranks "
+        "the same configuration, and set zerod.gradient_plan where the nodes' memory differs"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Sequencer::OnItem(MemberIndex from, const ReportItem& item, std::vector<Entry>* out) {
+  if (const auto* a = std::get_if<ClientAttached>(&item)) {
+    if (a->rank >= spec_->world) return BadMessage(from, "a rank beyond the world");
+    attached_[a->rank] = true;
+    MaybeStart(out);
+    return absl::OkStatus();
+  }
+  if (const auto* g = std::get_if<ClientGone>(&item)) {
+    if (g->rank >= spec_->world) return BadMessage(from, "a rank beyond the world");
+    OnGone(*g, out);
+    return absl::OkStatus();
+  }
+  if (!running_) return BadMessage(from, "the generation has not started");
+  if (const auto* w = std::get_if<Want>(&item)) return OnWant(from, *w, out);
+  if (const auto* g = std::get_if<GradientsReady>(&item)) return OnGradients(from, *g, out);
+  if (const auto* s = std::get_if<StepReady>(&item)) return OnStep(from, *s, out);
+  if (const auto* n = std::get_if<NormReady>(&item)) return OnNorm(from, *n, out);
+  if (const auto* s = std::get_if<ScalarReady>(&item)) return OnScalar(from, *s, out);
+  if (const auto* p = std::get_if<PutRequest>(&item)) {
+    RETURN_IF_ERROR(CheckRange(p->unit, p->begin, p->count));
+    Entry& e = Add(EntryKind::kPut, out);
+    e.origin = from;
+    e.slot = p->slot;
+    e.unit = p->unit;
+    e.begin = p->begin;
+    e.count = p->count;
+    return absl::OkStatus();
+  }
+  const ReadRequest& r = std::get<ReadRequest>(item);
+  RETURN_IF_ERROR(CheckRange(r.unit, r.begin, r.count));
+  Entry& e = Add(EntryKind::kRead, out);
+  e.origin = from;
+  e.slot = r.slot;
+  e.unit = r.unit;
+  e.begin = r.begin;
+  e.count = r.count;
+  e.state_kind = r.kind;
+  return absl::OkStatus();
+}
+
+absl::Status Sequencer::CheckRange(UnitIndex unit, uint64_t begin, uint64_t count) const {
+  if (unit >= spec_->layout->units().size() || begin > spec_->layout->units()[unit].elements ||
+      count > spec_->layout->units()[unit].elements - begin) {
+    return BadMessage(0, "a range outside the layout");
+  }
+  return absl::OkStatus();
+}
+
+void Sequencer::MaybeStart(std::vector<Entry>* out) {
+  if (running_) return;
+  for (const MemberState& m : members_) {
+    if (!m.joined) return;
+  }
+  if (!std::all_of(attached_.begin(), attached_.end(), [](bool a) { return a; })) return;
+  running_ = true;
+  Add(EntryKind::kStart, out).step = committed_;
+}
+
+void Sequencer::OnGone(const ClientGone& g, std::vector<Entry>* out) {
+  if (g.left) {
+    Add(EntryKind::kLeave, out).rank = g.rank;
+    return;
+  }
+  if (norm_appended_) {
+    // All clients have sent their STEP: the members finish it by themselves, then the
+    // generation ends. No step is half done when clients attach anew.
+    pending_death_ = g;
+    return;
+  }
+  pending_death_ = g;
+  NewGeneration(out);
+}
+
+void Sequencer::NewGeneration(std::vector<Entry>* out) {
+  Entry& e = Add(EntryKind::kGeneration, out);
+  e.rank = pending_death_->rank;
+  e.reason = pending_death_->reason;
+  e.step = committed_;
+  pending_death_.reset();
+  ++generation_;
+  running_ = false;
+  std::fill(attached_.begin(), attached_.end(), false);
+  for (MemberState& m : members_) m.scalars.clear();
+  scalars_done_ = 0;
+  ResetStep();
+}
+
+absl::Status Sequencer::OnWant(MemberIndex from, const Want& w, std::vector<Entry>* out) {
+  if (w.unit >= reduced_round_.size()) return BadMessage(from, "a unit beyond the layout");
+  // Asked before it saw the COMMIT: it asks again for what it needs then.
+  if (w.version != committed_) return absl::OkStatus();
+  Entry& e = Add(EntryKind::kAllGather, out);
+  e.unit = w.unit;
+  e.step = w.version;
+  e.wants = MemberSet{1} << from;
+  return absl::OkStatus();
+}
+
+absl::Status Sequencer::OnGradients(MemberIndex from, const GradientsReady& g,
+                                    std::vector<Entry>* out) {
+  MemberState& m = members_[from];
+  if (g.unit >= reduced_round_.size() || g.step != committed_ + 1 || m.step.has_value() ||
+      g.round != m.ready_round[g.unit] + 1u || g.round > kRoundsMax) {
+    return BadMessage(from, absl::StrCat("gradients of unit ", g.unit, ", step ", g.step,
+                                         ", round ", g.round));
+  }
+  m.ready_round[g.unit] = static_cast<uint8_t>(g.round);
+  AppendReduces(g.unit, out);
+  return absl::OkStatus();
+}
+
+// REDUCE_SCATTER round r of a unit: some member has gradients for it, and each member either has
+// handed over its own or has sent STEP, after which nothing follows.
+void Sequencer::AppendReduces(UnitIndex unit, std::vector<Entry>* out) {
+  for (;;) {
+    const uint8_t round = reduced_round_[unit] + 1;
+    bool any = false;
+    for (const MemberState& m : members_) {
+      if (m.ready_round[unit] >= round) {
+        any = true;
+      } else if (!m.step.has_value()) {
+        return;
+      }
+    }
+    if (!any) return;
+    reduced_round_[unit] = round;
+    Entry& e = Add(EntryKind::kReduceScatter, out);
+    e.unit = unit;
+    e.step = committed_ + 1;
+    e.round = round;
+  }
+}
+
+absl::Status Sequencer::OnStep(MemberIndex from, const StepReady& s, std::vector<Entry>* out) {
+  MemberState& m = members_[from];
+  if (s.step != committed_ + 1 || m.step.has_value()) {
+    return BadMessage(from, absl::StrCat("STEP ", s.step));
+  }
+  m.step = s;
+  for (UnitIndex u = 0; u < reduced_round_.size(); ++u) AppendReduces(u, out);
+  for (const MemberState& other : members_) {
+    if (!other.step.has_value()) return absl::OkStatus();
+  }
+  std::string disagreement = Disagreement();
+  if (!disagreement.empty()) {
+    Decision refuse;
+    refuse.kind = Decision::Kind::kRefuse;
+    refuse.reason = disagreement;
+    refuse.touched.assign(spec_->layout->parameters().size(), false);
+    Commit(std::move(refuse), out);
+    return absl::OkStatus();
+  }
+  norm_needed_ = spec_->skip_nonfinite || s.hyper.max_norm > 0;
+  for (const MemberState& other : members_) norm_needed_ |= other.step->hyper.want_norm;
+  norm_appended_ = true;
+  Entry& e = Add(EntryKind::kNorm, out);
+  e.step = s.step;
+  e.norm_needed = norm_needed_;
+  return absl::OkStatus();
+}
+
+std::string Sequencer::Disagreement() const {
+  const StepReady& first = *members_[0].step;
+  for (MemberIndex m = 0; m < members_.size(); ++m) {
+    const StepReady& s = *members_[m].step;
+    if (!s.agree) return s.disagreement;
+    if (!(s.hyper.Hash() == first.hyper.Hash())) {
+      return absl::StrCat(
+          "the ranks ", absl::StrJoin(s.ranks, ", "), " and ", absl::StrJoin(first.ranks, ", "),
+          " disagree about the hyper-parameters of this step (learning rate, betas, eps, weight "
+          "decay, clipping or loss scale). Step the scheduler on every rank alike");
+    }
+  }
+  return "";
+}
+
+absl::Status Sequencer::OnNorm(MemberIndex from, const NormReady& n, std::vector<Entry>* out) {
+  MemberState& m = members_[from];
+  if (!norm_appended_ || n.step != committed_ + 1 || m.norm.has_value()) {
+    return BadMessage(from, absl::StrCat("NORM ", n.step));
+  }
+  uint64_t blocks = 0;
+  for (UnitIndex u = 0; norm_needed_ && u < reduced_round_.size(); ++u) {
+    blocks += spec_->layout->Blocks(partition_.TrainableShard(u, from));
+  }
+  if (n.part.touched.size() != spec_->layout->parameters().size() ||
+      n.part.block_squares.size() != blocks) {
+    return BadMessage(from, "NORM's sizes");
+  }
+  m.norm = n.part;
+  MaybeDecide(out);
+  return absl::OkStatus();
+}
+
+void Sequencer::MaybeDecide(std::vector<Entry>* out) {
+  Decision d;
+  d.hyper = members_[0].step->hyper;
+  d.touched.assign(spec_->layout->parameters().size(), false);
+  bool nonfinite = false;
+  for (const MemberState& m : members_) {
+    if (!m.norm.has_value()) return;
+    nonfinite |= m.norm->nonfinite;
+    for (size_t p = 0; p < d.touched.size(); ++p) {
+      if (m.norm->touched[p]) d.touched[p] = true;
+    }
+  }
+  for (size_t p = 0; spec_->untouched_as_zero && p < d.touched.size(); ++p) {
+    d.touched[p] = spec_->layout->parameters()[p].trainable;
+  }
+
+  d.grad_norm = std::numeric_limits<double>::quiet_NaN();
+  d.grad_scale = 1.0 / (static_cast<double>(spec_->world) * d.hyper.loss_scale);
+  if (norm_needed_) {
+    // Partial sums are combined in layout order, whoever owns the blocks.
+    double sum = 0;
+    std::vector<size_t> next(members_.size(), 0);
+    for (UnitIndex u = 0; u < reduced_round_.size(); ++u) {
+      for (MemberIndex m = 0; m < members_.size(); ++m) {
+        uint64_t blocks = spec_->layout->Blocks(partition_.TrainableShard(u, m));
+        for (uint64_t b = 0; b < blocks; ++b) sum += members_[m].norm->block_squares[next[m]++];
+      }
+    }
+    d.grad_norm = std::sqrt(sum) * d.grad_scale;
+    if (spec_->skip_nonfinite && (nonfinite || !std::isfinite(sum))) {
+      d.kind = Decision::Kind::kSkip;
+    } else if (d.hyper.max_norm > 0) {
+      // torch.nn.utils.clip_grad_norm_: max_norm / (norm + 1e-6), at most 1.
+      double coefficient = d.hyper.max_norm / (d.grad_norm + 1e-6);
+      if (!(coefficient >= 1.0)) d.grad_scale *= coefficient;
+    }
+  }
+  Commit(std::move(d), out);
+}
+
+void Sequencer::Commit(Decision decision, std::vector<Entry>* out) {
+  const Decision::Kind kind = decision.kind;
+  std::vector<bool> touched_units(reduced_round_.size(), false);
+  for (size_t p = 0; p < decision.touched.size(); ++p) {
+    if (decision.touched[p]) touched_units[spec_->layout->parameters()[p].unit] = true;
+  }
+  Entry& e = Add(EntryKind::kCommit, out);
+  e.step = committed_ + 1;
+  e.decision = std::move(decision);
+  ResetStep();
+  if (kind == Decision::Kind::kRefuse) {
+    if (pending_death_.has_value()) NewGeneration(out);
+    return;
+  }
+  ++committed_;
+  for (UnitIndex u = 0; kind == Decision::Kind::kApply && u < touched_units.size(); ++u) {
+    if (!gather_after_commit_[u] || !touched_units[u]) continue;
+    Entry& gather = Add(EntryKind::kAllGather, out);
+    gather.unit = u;
+    gather.step = committed_;
+    gather.wants = AllMembers(spec_->members);
+  }
+  if (pending_death_.has_value()) NewGeneration(out);
+}
+
+absl::Status Sequencer::OnScalar(MemberIndex from, const ScalarReady& s, std::vector<Entry>* out) {
+  if (s.ordinal <= scalars_done_ || s.ranks.size() != s.values.size() ||
+      !members_[from].scalars.emplace(s.ordinal, s).second) {
+    return BadMessage(from, absl::StrCat("SCALAR ", s.ordinal));
+  }
+  for (const MemberState& m : members_) {
+    if (!m.scalars.count(scalars_done_ + 1)) return absl::OkStatus();
+  }
+  ++scalars_done_;
+  std::map<Rank, ScalarValues> by_rank;
+  for (MemberState& m : members_) {
+    auto node = m.scalars.extract(scalars_done_);
+    for (size_t i = 0; i < node.mapped().ranks.size(); ++i) {
+      by_rank[node.mapped().ranks[i]] = node.mapped().values[i];
+    }
+  }
+  Entry& e = Add(EntryKind::kScalar, out);
+  e.ordinal = scalars_done_;
+  bool first = true;
+  for (const auto& [rank, values] : by_rank) {
+    if (first) {
+      e.scalar = values;
+      first = false;
+      continue;
+    }
+    if (values.op != e.scalar.op || values.values.size() != e.scalar.values.size()) {
+      e.reason = absl::StrCat("rank ", rank, " calls all_reduce or barrier with ",
+                              values.values.size(), " values where rank ", by_rank.begin()->first,
+                              " has ", e.scalar.values.size(),
+                              " or another operation: all ranks must make the same calls in the "
+                              "same order");
+      break;
+    }
+    for (size_t i = 0; i < values.values.size(); ++i) {
+      e.scalar.values[i] = Combine(e.scalar.op, e.scalar.values[i], values.values[i]);
+    }
+  }
+  if (e.scalar.op == ScalarOp::kMean) {
+    for (double& v : e.scalar.values) v /= static_cast<double>(by_rank.size());
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace zerod::core

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Member 0's second job: turn the reports of all members into one ordered log. It waits only for
+// what a rule of the log needs from every member, and appends demand as it comes, so first come,
+// first served. Pure, like Job.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "daemon/core/job.h"
+#include "daemon/core/layout.h"
+#include "daemon/core/types.h"
+
+namespace zerod::core {
+
+class Sequencer {
+ public:
+  // `spec` outlives it. `gather_after_commit[u]`: the unit is resident and its copy does not become
+  // valid by the optimizer alone, so that a gather for all members follows each COMMIT.
+  Sequencer(const JobSpec* spec, std::vector<bool> gather_after_commit);
+
+  // Appends to `out` what the report makes possible. A status that is not OK ends the job
+  // everywhere, except that a member that may not join is refused alone: `*refused` is then set.
+  absl::Status OnReport(MemberIndex from, const Report& report, std::vector<Entry>* out,
+                        absl::Status* refused);
+
+  bool joined(MemberIndex m) const { return members_[m].joined; }
+  // Ranks that are attached, in the generation under way.
+  const std::vector<bool>& attached() const { return attached_; }
+
+ private:
+  struct MemberState {
+    bool joined = false;
+    std::optional<StepReady> step;
+    std::optional<NormPart> norm;
+    std::vector<uint8_t> ready_round;  // per unit
+    std::map<uint64_t, ScalarReady> scalars;
+  };
+
+  absl::Status OnItem(MemberIndex from, const ReportItem& item, std::vector<Entry>* out);
+  absl::Status OnJoined(MemberIndex from, const Joined& j) const;
+  absl::Status OnWant(MemberIndex from, const Want& w, std::vector<Entry>* out);
+  absl::Status OnGradients(MemberIndex from, const GradientsReady& g, std::vector<Entry>* out);
+  absl::Status OnStep(MemberIndex from, const StepReady& s, std::vector<Entry>* out);
+  absl::Status OnNorm(MemberIndex from, const NormReady& n, std::vector<Entry>* out);
+  absl::Status OnScalar(MemberIndex from, const ScalarReady& s, std::vector<Entry>* out);
+  void OnGone(const ClientGone& g, std::vector<Entry>* out);
+  absl::Status CheckRange(UnitIndex unit, uint64_t begin, uint64_t count) const;
+
+  void MaybeStart(std::vector<Entry>* out);
+  void AppendReduces(UnitIndex unit, std::vector<Entry>* out);
+  void MaybeDecide(std::vector<Entry>* out);
+  void Commit(Decision decision, std::vector<Entry>* out);
+  void NewGeneration(std::vector<Entry>* out);
+  std::string Disagreement() const;
+  Entry& Add(EntryKind kind, std::vector<Entry>* out);
+  void ResetStep();
+
+  const JobSpec* const spec_;
+  const Partition partition_;
+  const std::vector<bool> gather_after_commit_;
+  std::vector<MemberState> members_;
+  std::vector<bool> attached_;
+  uint64_t generation_ = 1;
+  bool running_ = false;
+  uint64_t next_seq_ = 1;
+  Step committed_ = 0;
+  std::vector<uint8_t> reduced_round_;  // per unit: appended in this step
+  bool norm_appended_ = false;
+  bool norm_needed_ = false;
+  uint64_t scalars_done_ = 0;
+  std::optional<ClientGone> pending_death_;  // seen while a step was being decided
+};
+
+}  // namespace zerod::core
