@@ -33,10 +33,10 @@ struct Transfer {
 };
 
 struct Counters {
-  uint64_t bytes_sent = 0;      // payload
+  uint64_t bytes_sent = 0;      // payload to other members; copies to oneself are not counted
   uint64_t bytes_received = 0;
-  uint64_t exchanges = 0;
-  uint64_t failures = 0;
+  uint64_t exchanges = 0;       // completed
+  uint64_t failures = 0;        // ended with an error
 };
 
 class Fabric {
@@ -57,8 +57,10 @@ class Fabric {
   // thread, when all have completed or one failed; it must not block.
   // Thread-safe. Tags are unique for the life of the fabric and equal on all members;
   // tags < 2^63 belong to the callers.
-  // Errors (through `done`): UNAVAILABLE a peer is gone; DEADLINE_EXCEEDED no byte of a transfer
-  // moved for `stall_timeout`; ABORTED after Abort(); INVALID_ARGUMENT a peer >= size().
+  // Errors (through `done`): UNAVAILABLE a peer is gone; DEADLINE_EXCEEDED a peer that is waited
+  // for moved no byte at all for `stall_timeout`, or none of this Exchange for ten of them; the
+  // reason given to Abort(); INVALID_ARGUMENT a peer >= size(), a tag in flight already;
+  // RESOURCE_EXHAUSTED more than 16384 in flight.
   virtual void Exchange(uint64_t tag, std::vector<Transfer> sends, std::vector<Transfer> receives,
                         Done done) = 0;
 
@@ -94,6 +96,11 @@ struct FabricOptions {
 std::unique_ptr<Fabric> MakeLoopbackFabric();
 
 // Connects the members over TCP through Gloo; blocks until all have come or connect_timeout.
+// One member alone gets the loopback fabric. Nothing is encrypted or authenticated: the network
+// that bind_host belongs to must be a trusted one.
+// Errors: DEADLINE_EXCEEDED names the members that did not come; FAILED_PRECONDITION members
+// differ in size or segment_bytes; INVALID_ARGUMENT options; UNAVAILABLE a member or the
+// rendezvous is gone.
 absl::StatusOr<std::unique_ptr<Fabric>> ConnectGlooFabric(const FabricOptions& options,
                                                           Rendezvous* rendezvous);
 

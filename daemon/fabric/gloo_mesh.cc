@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "daemon/fabric/gloo_mesh.h"
 
+#include <fcntl.h>
 #include <netdb.h>
 
 #include <algorithm>
@@ -166,13 +167,19 @@ bool PolledBuffer::complete() {
 MeshPair::MeshPair(tcp::Context* context, tcp::Device* device, int peer,
                    std::chrono::milliseconds timeout, MeshObserver* observer)
     : Pair(context, device, peer, timeout), observer_(observer) {
+  // A child process that kept a copy would hide this member's death from its peers.
+  fcntl(fd_, F_SETFD, FD_CLOEXEC);
   Touch();
 }
 
 MeshPair::~MeshPair() {
   // Here and not in ~Pair, so that the loop thread meets no half-destroyed object.
-  std::lock_guard<std::mutex> lock(m_);
-  if (state_ != CLOSED) Pair::changeState(CLOSED);
+  {
+    std::lock_guard<std::mutex> lock(m_);
+    if (state_ != CLOSED) Pair::changeState(CLOSED);
+  }
+  // Where the loop thread closed the pair itself, it may still be on its way out.
+  std::lock_guard<std::mutex> handler_left(in_handler_);
 }
 
 bool MeshPair::connected() {
@@ -197,13 +204,16 @@ void MeshPair::Touch() {
 }
 
 void MeshPair::handleEvents(int events) {
+  std::lock_guard<std::mutex> here(in_handler_);
   try {
     Pair::handleEvents(events);
   } catch (const std::exception& e) {
     // What the peer sent makes no sense to Gloo, or the socket is broken.
     std::lock_guard<std::mutex> lock(m_);
-    if (protocol_error_.empty()) protocol_error_ = Words(e.what());
-    if (state_ != CLOSED) changeState(CLOSED);
+    if (state_ != CLOSED) {
+      protocol_error_ = Words(e.what());
+      changeState(CLOSED);
+    }
   }
   if (dirty_.exchange(false)) observer_->OnProgress();
 }
@@ -232,6 +242,7 @@ bool MeshPair::write(tcp::Op& op) {
 
 void MeshPair::changeState(state next) noexcept {
   Pair::changeState(next);
+  if (next == CONNECTED) fcntl(fd_, F_SETFD, FD_CLOEXEC);
   if (next != CLOSED) return;
   closed_.store(true, std::memory_order_release);
   observer_->OnProgress();

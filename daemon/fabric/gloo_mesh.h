@@ -72,6 +72,7 @@ class MeshPair : public gloo::transport::tcp::Pair {
   void Touch();
 
   MeshObserver* const observer_;
+  std::mutex in_handler_;  // held by the loop thread in handleEvents; taken before m_
   std::atomic<SteadyTime::rep> last_byte_;
   std::atomic<bool> closed_{false};
   std::atomic<bool> dirty_{false};  // something completed that the observer was not told of
