@@ -73,7 +73,7 @@ using VH = hn::Vec<DH>;
 constexpr size_t kBlock = 1024;
 
 // Hardware prefetchers stop at the end of a page; each stream is fetched this far ahead.
-constexpr size_t kPrefetchBytes = 1024;
+constexpr size_t kPrefetchBytes = 512;
 
 HWY_INLINE void PrefetchAhead(const void* p) {
   hwy::Prefetch(static_cast<const char*>(p) + kPrefetchBytes);

@@ -17,7 +17,7 @@ namespace zerod::kernels {
 namespace {
 
 constexpr uint64_t kPatterns = uint64_t{1} << 32;
-constexpr uint64_t kBlock = uint64_t{1} << 14;  // all arrays together stay in the second-level cache
+constexpr uint64_t kBlock = uint64_t{1} << 14;  // all arrays stay in the second-level cache
 constexpr int kThreads = 2;
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
