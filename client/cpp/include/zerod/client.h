@@ -115,6 +115,7 @@ class ZEROD_EXPORT Client {
   virtual const std::vector<ParameterView>& parameters() const = 0;  // order of the options
   virtual uint64_t generation() const = 0;
   virtual uint64_t resumed_step() const = 0;  // committed when this client attached
+  virtual bool initialized() const = 0;  // the weights are there; else rank 0 must Put them
   virtual uint32_t members() const = 0;
   virtual uint32_t stage() const = 0;
   virtual DType dtype() const = 0;
@@ -129,6 +130,9 @@ class ZEROD_EXPORT Client {
   // costs two loads, a store and a fence; else one request. Idempotent while held.
   // RESOURCE_EXHAUSTED: held units leave no room, the message says which window would do.
   virtual absl::Status Gather(uint32_t unit) = 0;
+  // True: the unit is held, no request was needed. False: nothing was done, call Gather. Never
+  // waits; for callers who would first let go of a lock of their own.
+  virtual bool TryGather(uint32_t unit) = 0;
   // The unit may be evicted; with guard pages a later read faults, and the fault is reported on
   // standard error with parameter, unit and step. Not held: nothing happens.
   virtual void Release(uint32_t unit) = 0;
@@ -152,6 +156,8 @@ class ZEROD_EXPORT Client {
 
   // Releases everything, hands over what is left, waits for the commit and for the resident units
   // of the new version. step() has grown when it returns OK.
+  // FAILED_PRECONDITION: the ranks disagree; this step's gradients are dropped on all of them, its
+  // number is not used up. CANCELLED: it is on its way; the next call waits for it again.
   virtual absl::StatusOr<StepResult> Step(const StepRequest& request) = 0;
 
   // Writes fp32 values into elements [begin, begin + count) of a unit, on all members. Nobody may
@@ -178,10 +184,12 @@ class ZEROD_EXPORT Client {
   // For messages and tests: the address range of all units.
   virtual const void* base() const = 0;
   virtual uint64_t reserved_bytes() const = 0;
+  // Keeps the addresses reserved, and mapped as they are then, beyond the client's own life.
+  virtual std::shared_ptr<const void> memory() const = 0;
 };
 
-// Asks the daemon at `address` what a configuration comes to (see zerod::Config).
-// Does not need a job. Used by tools; in-process callers use base/config.
+// What a configuration comes to for a job of `world` ranks, as JSON (see zerod::Config): the
+// daemon's own parser, without a daemon.
 ZEROD_EXPORT absl::StatusOr<std::string> CheckConfig(const std::string& json, uint32_t world);
 
 // The directory and address that an embedded daemon of this user, job and node would have.
