@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 #include <sys/epoll.h>
 
+#include <cstddef>
 #include <cstring>
 #include <string>
 #include <thread>
@@ -17,6 +18,20 @@ namespace zerod::shm {
 namespace {
 
 using ::testing::HasSubstr;
+
+// The tables of docs/formats/ring.md. A change here is a new kFormatVersion.
+static_assert(offsetof(SubmitPage, tail) == 64 && offsetof(SubmitPage, cq_head) == 128 &&
+              offsetof(SubmitPage, sleeping) == 192 && offsetof(SubmitPage, trace_len) == 256 &&
+              offsetof(SubmitPage, entry) == 320 && offsetof(SubmitPage, step) == 16704 &&
+              offsetof(SubmitPage, scalar) == 20864 && sizeof(StepRecord) == 4128);
+static_assert(offsetof(CompletePage, wake) == 64 && offsetof(CompletePage, tail) == 128 &&
+              offsetof(CompletePage, sq_head) == 192 && offsetof(CompletePage, sleeping) == 256 &&
+              offsetof(CompletePage, failed) == 320 && offsetof(CompletePage, failure) == 324 &&
+              offsetof(CompletePage, entry) == 1408 && offsetof(CompletePage, texts) == 9600 &&
+              offsetof(CompletePage, scalar) == 25984 &&
+              offsetof(CompletePage, grad_norm) == 26496 &&
+              offsetof(CompletePage, skipped) == 26504);
+static_assert(kFormatVersion == 1);
 
 SubmitEntry Gather(uint64_t cookie) {
   SubmitEntry entry{};
