@@ -3,9 +3,13 @@
 
 #include <fcntl.h>
 #include <netdb.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <condition_variable>
+#include <cstring>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -82,28 +86,51 @@ absl::StatusOr<std::vector<char>> AddressIn(const std::string& announcement, uin
   return std::vector<char>(bytes.begin(), bytes.end());
 }
 
-absl::StatusOr<std::shared_ptr<tcp::Device>> MakeDevice(const std::string& bind_host) {
-  // Gloo reads an uninitialised pointer when the name does not resolve, so resolve it first.
+// Whether this host has the address: bind() knows.
+bool CanBind(const addrinfo& address) {
+  const int fd = socket(address.ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  if (fd < 0) return false;
+  const bool bound = bind(fd, address.ai_addr, address.ai_addrlen) == 0;
+  close(fd);
+  return bound;
+}
+
+bool IsWildcard(const sockaddr* address) {
+  if (address->sa_family == AF_INET) {
+    return reinterpret_cast<const sockaddr_in*>(address)->sin_addr.s_addr == INADDR_ANY;
+  }
+  return IN6_IS_ADDR_UNSPECIFIED(&reinterpret_cast<const sockaddr_in6*>(address)->sin6_addr);
+}
+
+// Gloo's own look-up reads an uninitialised pointer where the name does not resolve, and leaks
+// where it cannot bind; so this is ours.
+absl::StatusOr<tcp::attr> AttributesOf(const std::string& bind_host) {
   addrinfo hints = {};
   hints.ai_socktype = SOCK_STREAM;
   addrinfo* found = nullptr;
   const int error = bind_host.empty() ? EAI_NONAME
                                       : getaddrinfo(bind_host.c_str(), nullptr, &hints, &found);
-  if (error != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "the fabric cannot bind to '", bind_host, "' (", gai_strerror(error),
-        "): name an address of this host, such as that of its fast network interface"));
-  }
-  freeaddrinfo(found);
-  try {
+  std::string why = error != 0 ? gai_strerror(error) : "no interface of this host has it";
+  const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> owner(found, &freeaddrinfo);
+  for (const addrinfo* each = found; each != nullptr; each = each->ai_next) {
+    if (each->ai_family != AF_INET && each->ai_family != AF_INET6) continue;
+    if (IsWildcard(each->ai_addr)) {
+      why = "peers cannot connect to a wildcard";
+      continue;
+    }
+    if (!CanBind(*each)) continue;
     tcp::attr attributes(bind_host.c_str());
-    BlockSignals inherited_by_the_loop_thread;
-    return std::make_shared<tcp::Device>(tcp::CreateDeviceAttr(attributes));
-  } catch (const std::exception& e) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("the fabric cannot bind to '", bind_host, "': ", Words(e.what()),
-                     ". Name an address of this host"));
+    attributes.ai_family = each->ai_family;
+    attributes.ai_socktype = each->ai_socktype;
+    attributes.ai_protocol = each->ai_protocol;
+    attributes.ai_addr = {};
+    std::memcpy(&attributes.ai_addr, each->ai_addr, each->ai_addrlen);
+    attributes.ai_addrlen = static_cast<int>(each->ai_addrlen);
+    return attributes;
   }
+  return absl::InvalidArgumentError(absl::StrCat(
+      "the fabric cannot bind to '", bind_host, "' (", why,
+      "): name an address of this host, such as that of its fast network interface"));
 }
 
 // Closes all pairs when the deadline passes, which ends a Pair::connect that waits for a peer.
@@ -259,8 +286,13 @@ absl::StatusOr<std::unique_ptr<Mesh>> Mesh::Connect(const FabricOptions& options
                                                     MeshObserver* observer) {
   const SteadyTime deadline =
       std::chrono::steady_clock::now() + absl::ToChronoNanoseconds(options.connect_timeout);
-  ASSIGN_OR_RETURN(std::shared_ptr<tcp::Device> device, MakeDevice(options.bind_host));
+  ASSIGN_OR_RETURN(tcp::attr attributes, AttributesOf(options.bind_host));
   try {
+    std::shared_ptr<tcp::Device> device;
+    {
+      BlockSignals inherited_by_the_loop_thread;
+      device = std::make_shared<tcp::Device>(attributes);
+    }
     auto context = std::make_shared<MeshContext>(std::move(device), options, observer);
     context->setTimeout(absl::ToChronoMilliseconds(options.connect_timeout) +
                         std::chrono::milliseconds(1));

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <future>
 
 #include <gtest/gtest.h>
 
@@ -178,11 +179,13 @@ TEST(FailureTest, NonsenseFromAPeerEndsTheFabricOnly) {
   const absl::string_view raw(reinterpret_cast<char*>(&address), sizeof(address));
   ASSERT_TRUE(rendezvous.Set("fabric/gloo/1", "1 2 262144 " + absl::BytesToHexString(raw)).ok());
 
+  std::promise<void> connected;
   std::thread impostor([&] {
     const std::string said = *rendezvous.Get("fabric/gloo/0", absl::Seconds(10));
     const std::string bytes = absl::HexStringToBytes(said.substr(said.rfind(' ') + 1));
     const int fd = socket(AF_INET, SOCK_STREAM, 0);
     EXPECT_EQ(connect(fd, reinterpret_cast<const sockaddr*>(bytes.data()), sizeof(sockaddr_in)), 0);
+    connected.get_future().wait();
     // Payload (opcode 1) for a slot at which nothing is awaited.
     const uint64_t preamble[6] = {sizeof(preamble) + 100, 1, 0x5151, 0, 100, 0};
     EXPECT_EQ(send(fd, preamble, sizeof(preamble), 0), static_cast<ssize_t>(sizeof(preamble)));
@@ -191,6 +194,7 @@ TEST(FailureTest, NonsenseFromAPeerEndsTheFabricOnly) {
     close(fd);
   });
   auto made = ConnectGlooFabric(Options(2), &rendezvous);
+  connected.set_value();
   EXPECT_TRUE(made.ok()) << made.status();
   if (made.ok()) {
     char data = 0;
@@ -255,7 +259,7 @@ TEST(ConnectTest, RefusesUnequalMembersAndBadOptions) {
   EXPECT_EQ(code(options, nullptr), kInvalid);
   options.rank = 2;
   EXPECT_EQ(code(options, &rendezvous), kInvalid);
-  for (const char* host : {"", "no.such.host.invalid", "192.0.2.1"}) {
+  for (const char* host : {"", "no.such.host.invalid", "192.0.2.1", "0.0.0.0", "::"}) {
     options = Options(2);
     options.bind_host = host;
     EXPECT_EQ(code(options, &rendezvous), kInvalid) << host;

@@ -95,7 +95,9 @@ class Process {
   std::string buffer_;
 };
 
-bool RunCommand(const std::vector<std::string>& arguments) { return Process(arguments).Wait() == 0; }
+bool RunCommand(const std::vector<std::string>& arguments) {
+  return Process(arguments).Wait() == 0;
+}
 
 class ProcessTest : public testing::Test {
  protected:
