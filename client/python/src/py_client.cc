@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "client/python/src/py_client.h"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "client/cpp/include/zerod/client.h"
+#include "client/python/src/errors.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace zerod::python {
+namespace {
+
+using client::AttachOptions;
+using client::Client;
+using client::DType;
+
+// Below this a gradient lands sooner than the GIL is let go and taken again.
+constexpr uint64_t kKeepGilElements = 16 * 1024;
+
+DType ParseDType(const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "bfloat16") return DType::kBFloat16;
+  Raise(absl::InvalidArgumentError("the data type is \"" + name +
+                                   "\"; it must be \"float32\" or \"bfloat16\""));
+}
+
+client::StateKind ParseKind(const std::string& name) {
+  if (name == "master") return client::StateKind::kMaster;
+  if (name == "exp_avg") return client::StateKind::kExpAvg;
+  if (name == "exp_avg_sq") return client::StateKind::kExpAvgSq;
+  Raise(absl::InvalidArgumentError("the kind of state is \"" + name +
+                                   "\"; it must be \"master\", \"exp_avg\" or \"exp_avg_sq\""));
+}
+
+client::ScalarOp ParseOp(const std::string& name) {
+  if (name == "sum") return client::ScalarOp::kSum;
+  if (name == "mean") return client::ScalarOp::kMean;
+  if (name == "min") return client::ScalarOp::kMin;
+  if (name == "max") return client::ScalarOp::kMax;
+  Raise(absl::InvalidArgumentError("the operation is \"" + name +
+                                   "\"; it must be \"sum\", \"mean\", \"min\" or \"max\""));
+}
+
+// Runs `call` without the GIL.
+template <typename Call>
+auto WithoutGil(const Call& call) {
+  nb::gil_scoped_release release;
+  return call();
+}
+
+class PyClient {
+ public:
+  PyClient(std::unique_ptr<Client> client, std::vector<std::vector<size_t>> shapes)
+      : client_(std::move(client)), shapes_(std::move(shapes)) {}
+
+  // Keeps the client for the duration of a call: close() may come from another thread.
+  std::shared_ptr<Client> Get() const {
+    if (client_ == nullptr) {
+      Raise(absl::FailedPreconditionError("this client is closed (close() or detach())"));
+    }
+    return client_;
+  }
+  bool closed() const { return client_ == nullptr; }
+  void Close() {
+    std::shared_ptr<Client> client = std::move(client_);
+    client_ = nullptr;
+    nb::gil_scoped_release release;
+    client.reset();
+  }
+
+  void Gather(uint32_t unit) const {
+    const std::shared_ptr<Client> client = Get();
+    if (client->TryGather(unit)) return;
+    Check(WithoutGil([&] { return client->Gather(unit); }));
+  }
+
+  void Land(uint32_t parameter, uintptr_t data, const std::string& dtype) const {
+    const std::shared_ptr<Client> client = Get();
+    const DType type = ParseDType(dtype);
+    const auto* gradient = reinterpret_cast<const void*>(data);
+    if (gradient == nullptr) Raise(absl::InvalidArgumentError("the gradient's address is null"));
+    const bool small = parameter < client->parameters().size() &&
+                       client->parameters()[parameter].elements <= kKeepGilElements;
+    Check(small ? client->Land(parameter, gradient, type)
+                : WithoutGil([&] { return client->Land(parameter, gradient, type); }));
+  }
+
+  client::StepResult Step(std::vector<client::Group> groups, double max_norm, double loss_scale,
+                          bool want_norm, const nb::bytes& blob) const {
+    const std::shared_ptr<Client> client = Get();
+    client::StepRequest request;
+    request.max_norm = max_norm;
+    request.loss_scale = loss_scale;
+    request.want_norm = want_norm;
+    request.groups = std::move(groups);
+    request.blob.assign(blob.c_str(), blob.size());
+    return Take(WithoutGil([&] { return client->Step(request); }));
+  }
+
+  void Put(uint32_t unit, uint64_t begin, uintptr_t data, uint64_t count) const {
+    const std::shared_ptr<Client> client = Get();
+    Check(WithoutGil([&] {
+      return client->Put(unit, begin, reinterpret_cast<const float*>(data), count);
+    }));
+  }
+
+  void Read(uint32_t unit, uint64_t begin, uintptr_t data, uint64_t count,
+            const std::string& kind) const {
+    const std::shared_ptr<Client> client = Get();
+    const client::StateKind state = ParseKind(kind);
+    Check(WithoutGil([&] {
+      return client->Read(unit, begin, reinterpret_cast<float*>(data), count, state);
+    }));
+  }
+
+  std::vector<double> AllReduce(const std::vector<double>& values, const std::string& op) const {
+    const std::shared_ptr<Client> client = Get();
+    const client::ScalarOp scalar_op = ParseOp(op);
+    return Take(WithoutGil([&] { return client->AllReduce(values, scalar_op); }));
+  }
+
+  void Detach() {
+    const std::shared_ptr<Client> client = Get();
+    Check(WithoutGil([&] { return client->Detach(); }));
+    Close();
+  }
+
+  nb::ndarray<nb::pytorch> ParameterTensor(uint32_t parameter) const {
+    const std::shared_ptr<Client> client = Get();
+    if (parameter >= shapes_.size()) {
+      Raise(absl::InvalidArgumentError("there is no parameter " + std::to_string(parameter)));
+    }
+    const client::ParameterView& view = client->parameters()[parameter];
+    // The tensor keeps the address range, not the attachment.
+    auto* memory = new std::shared_ptr<const void>(client->memory());
+    nb::capsule owner(memory, [](void* p) noexcept {
+      delete static_cast<std::shared_ptr<const void>*>(p);
+    });
+    nb::dlpack::dtype dtype;
+    dtype.code = static_cast<uint8_t>(client->dtype() == DType::kFloat32
+                                          ? nb::dlpack::dtype_code::Float
+                                          : nb::dlpack::dtype_code::Bfloat);
+    dtype.bits = client->dtype() == DType::kFloat32 ? 32 : 16;
+    dtype.lanes = 1;
+    // Not marked read-only: PyTorch has no such tensors and would only warn. The pages are.
+    return nb::ndarray<nb::pytorch>(const_cast<void*>(view.data), shapes_[parameter].size(),
+                                    shapes_[parameter].data(), owner, nullptr, dtype,
+                                    nb::device::cpu::value, 0);
+  }
+
+ private:
+  std::shared_ptr<Client> client_;
+  std::vector<std::vector<size_t>> shapes_;
+};
+
+std::unique_ptr<PyClient> Attach(std::vector<client::ModuleInfo> modules,
+                                 std::vector<client::ParameterInfo> parameters,
+                                 std::string config, const std::string& dtype,
+                                 std::string address, bool embedded, std::string job,
+                                 uint32_t attempt, uint32_t rank, uint32_t world,
+                                 uint32_t local_rank, uint32_t local_world, uint32_t node_rank,
+                                 std::vector<std::string> peers, std::string job_token,
+                                 double attach_timeout_seconds, double takeover_seconds) {
+  AttachOptions options;
+  options.modules = std::move(modules);
+  options.parameters = std::move(parameters);
+  options.config = std::move(config);
+  options.dtype = ParseDType(dtype);
+  options.address = std::move(address);
+  options.embedded = embedded;
+  options.job = std::move(job);
+  options.attempt = attempt;
+  options.rank = rank;
+  options.world = world;
+  options.local_rank = local_rank;
+  options.local_world = local_world;
+  options.node_rank = node_rank;
+  options.peers = std::move(peers);
+  options.job_token = std::move(job_token);
+  options.attach_timeout_seconds = attach_timeout_seconds;
+  options.takeover_seconds = takeover_seconds;
+  options.interrupt = PendingSignal;
+  std::vector<std::vector<size_t>> shapes;
+  for (const client::ParameterInfo& parameter : options.parameters) {
+    shapes.emplace_back(parameter.shape.begin(), parameter.shape.end());
+  }
+  auto attached = WithoutGil([&] { return Client::Attach(std::move(options)); });
+  return std::make_unique<PyClient>(Take(std::move(attached)), std::move(shapes));
+}
+
+void DefineValues(nb::module_& m) {
+  nb::class_<client::ModuleInfo>(m, "ModuleInfo")
+      .def(
+          "__init__",
+          [](client::ModuleInfo* self, std::string path, std::string type, bool is_container) {
+            new (self) client::ModuleInfo{std::move(path), std::move(type), is_container};
+          },
+          "path"_a, "type"_a, "is_container"_a = false)
+      .def_rw("path", &client::ModuleInfo::path)
+      .def_rw("type", &client::ModuleInfo::type)
+      .def_rw("is_container", &client::ModuleInfo::is_container);
+  nb::class_<client::ParameterInfo>(m, "ParameterInfo")
+      .def(
+          "__init__",
+          [](client::ParameterInfo* self, std::string name, std::vector<int64_t> shape,
+             bool trainable, uint32_t group, std::vector<std::string> modules) {
+            new (self) client::ParameterInfo{std::move(name), std::move(shape), trainable, group,
+                                             std::move(modules)};
+          },
+          "name"_a, "shape"_a, "trainable"_a = true, "group"_a = 0,
+          "modules"_a = std::vector<std::string>())
+      .def_rw("name", &client::ParameterInfo::name)
+      .def_rw("shape", &client::ParameterInfo::shape)
+      .def_rw("trainable", &client::ParameterInfo::trainable)
+      .def_rw("group", &client::ParameterInfo::group)
+      .def_rw("modules", &client::ParameterInfo::modules);
+  nb::class_<client::Group>(m, "Group")
+      .def(
+          "__init__",
+          [](client::Group* self, double lr, double beta1, double beta2, double eps,
+             double weight_decay) {
+            new (self) client::Group{lr, beta1, beta2, eps, weight_decay};
+          },
+          "lr"_a, "beta1"_a = 0.9, "beta2"_a = 0.999, "eps"_a = 1e-8, "weight_decay"_a = 0.0)
+      .def_rw("lr", &client::Group::lr)
+      .def_rw("beta1", &client::Group::beta1)
+      .def_rw("beta2", &client::Group::beta2)
+      .def_rw("eps", &client::Group::eps)
+      .def_rw("weight_decay", &client::Group::weight_decay);
+  nb::class_<client::UnitView>(m, "UnitView")
+      .def_ro("name", &client::UnitView::name)
+      .def_ro("elements", &client::UnitView::elements)
+      .def_ro("trainable_elements", &client::UnitView::trainable_elements)
+      .def_ro("resident", &client::UnitView::resident);
+  nb::class_<client::ParameterView>(m, "ParameterView")
+      .def_ro("unit", &client::ParameterView::unit)
+      .def_ro("offset", &client::ParameterView::offset)
+      .def_ro("elements", &client::ParameterView::elements)
+      .def_prop_ro("address", [](const client::ParameterView& view) {
+        return reinterpret_cast<uintptr_t>(view.data);
+      });
+  nb::class_<client::StepResult>(m, "StepResult")
+      .def_ro("skipped", &client::StepResult::skipped)
+      .def_ro("grad_norm", &client::StepResult::grad_norm);
+  nb::class_<client::ClientCounters>(m, "Counters")
+      .def_ro("gathers", &client::ClientCounters::gathers)
+      .def_ro("gather_hits", &client::ClientCounters::gather_hits)
+      .def_ro("gather_waits", &client::ClientCounters::gather_waits)
+      .def_ro("gather_wait_seconds", &client::ClientCounters::gather_wait_seconds)
+      .def_ro("remaps", &client::ClientCounters::remaps)
+      .def_ro("scatter_bytes", &client::ClientCounters::scatter_bytes)
+      .def_ro("scatter_wait_seconds", &client::ClientCounters::scatter_wait_seconds)
+      .def_ro("step_wait_seconds", &client::ClientCounters::step_wait_seconds);
+}
+
+void DefineProperties(nb::class_<PyClient>& c) {
+  c.def_prop_ro("units", [](const PyClient& p) { return p.Get()->units(); })
+      .def_prop_ro("parameters", [](const PyClient& p) { return p.Get()->parameters(); })
+      .def_prop_ro("generation", [](const PyClient& p) { return p.Get()->generation(); })
+      .def_prop_ro("resumed_step", [](const PyClient& p) { return p.Get()->resumed_step(); })
+      .def_prop_ro("initialized", [](const PyClient& p) { return p.Get()->initialized(); })
+      .def_prop_ro("members", [](const PyClient& p) { return p.Get()->members(); })
+      .def_prop_ro("stage", [](const PyClient& p) { return p.Get()->stage(); })
+      .def_prop_ro("dtype", [](const PyClient& p) -> std::string {
+        return p.Get()->dtype() == DType::kFloat32 ? "float32" : "bfloat16";
+      })
+      .def_prop_ro("resolved_config", [](const PyClient& p) { return p.Get()->resolved_config(); })
+      .def_prop_ro("plan_text", [](const PyClient& p) { return p.Get()->plan_text(); })
+      .def_prop_ro("guard_pages", [](const PyClient& p) { return p.Get()->guard_pages(); })
+      .def_prop_ro("base",
+                   [](const PyClient& p) { return reinterpret_cast<uintptr_t>(p.Get()->base()); })
+      .def_prop_ro("reserved_bytes", [](const PyClient& p) { return p.Get()->reserved_bytes(); })
+      .def_prop_ro("step_number", [](const PyClient& p) { return p.Get()->step(); })
+      .def_prop_ro("closed", &PyClient::closed);
+}
+
+}  // namespace
+
+bool PendingSignal() {
+  nb::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;
+}
+
+void DefineClient(nb::module_& m) {
+  DefineValues(m);
+  nb::class_<PyClient> c(m, "Client");
+  DefineProperties(c);
+  c.def_static("attach", &Attach, nb::kw_only(), "modules"_a, "parameters"_a, "config"_a = "{}",
+               "dtype"_a = "float32", "address"_a = "", "embedded"_a = true, "job"_a = "",
+               "attempt"_a = 0, "rank"_a = 0, "world"_a = 1, "local_rank"_a = 0,
+               "local_world"_a = 1, "node_rank"_a = 0, "peers"_a = std::vector<std::string>(),
+               "job_token"_a = "", "attach_timeout_seconds"_a = 60.0,
+               "takeover_seconds"_a = 10.0)
+      .def("parameter_tensor", &PyClient::ParameterTensor, "parameter"_a)
+      .def("gather", &PyClient::Gather, "unit"_a)
+      .def("release", [](const PyClient& p, uint32_t unit) { p.Get()->Release(unit); }, "unit"_a)
+      .def("release_all", [](const PyClient& p) { p.Get()->ReleaseAll(); })
+      .def("held", [](const PyClient& p, uint32_t unit) { return p.Get()->Held(unit); }, "unit"_a)
+      .def("land", &PyClient::Land, "parameter"_a, "data_ptr"_a, "dtype"_a = "float32")
+      .def("scattered",
+           [](const PyClient& p, uint32_t unit) {
+             const auto client = p.Get();
+             return WithoutGil([&] { return client->Scattered(unit); });
+           },
+           "unit"_a)
+      .def("scatter",
+           [](const PyClient& p, uint32_t unit, bool last) {
+             const auto client = p.Get();
+             Check(WithoutGil([&] { return client->Scatter(unit, last); }));
+           },
+           "unit"_a, "last"_a)
+      .def("reclaim",
+           [](const PyClient& p, uint32_t unit) {
+             const auto client = p.Get();
+             Check(WithoutGil([&] { return client->Reclaim(unit); }));
+           },
+           "unit"_a)
+      .def("step", &PyClient::Step, "groups"_a, nb::kw_only(), "max_norm"_a = 0.0,
+           "loss_scale"_a = 1.0, "want_norm"_a = false, "blob"_a = nb::bytes("", 0))
+      .def("put", &PyClient::Put, "unit"_a, "begin"_a, "data_ptr"_a, "count"_a)
+      .def("read", &PyClient::Read, "unit"_a, "begin"_a, "data_ptr"_a, "count"_a,
+           "kind"_a = "master")
+      .def("all_reduce", &PyClient::AllReduce, "values"_a, "op"_a = "sum")
+      .def("barrier", [](const PyClient& p) { p.AllReduce({}, "sum"); })
+      .def("client_state",
+           [](const PyClient& p) {
+             const std::string blob = Take(p.Get()->ClientState());
+             return nb::bytes(blob.data(), blob.size());
+           })
+      .def("detach", &PyClient::Detach)
+      .def("close", &PyClient::Close)
+      .def("counters",
+           [](const PyClient& p) {
+             const auto client = p.Get();
+             return WithoutGil([&] { return client->counters(); });
+           })
+      .def("__enter__", [](nb::object self) { return self; })
+      .def("__exit__", [](PyClient& p, nb::args) { p.Close(); });
+}
+
+}  // namespace zerod::python

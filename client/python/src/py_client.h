@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// zerod._zerod.Client: the client library with the GIL let go in waits.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace zerod::python {
+
+void DefineClient(nanobind::module_& m);
+
+// True when a signal handler of Python raised (Ctrl-C): the error is then set in this thread.
+// Takes the GIL. For AttachOptions::interrupt.
+bool PendingSignal();
+
+}  // namespace zerod::python
