@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""zerod: a model's training state in a daemon, used from PyTorch.
+
+    engine, optimizer, loader, scheduler = zerod.initialize(model=model, config="config.json")
+    for batch in loader:
+        loss = engine(batch)
+        engine.backward(loss)
+        engine.step()
+
+docs/pytorch.md says what of PyTorch works with it.
+"""
+
+from zerod._zerod import __version__
+from zerod.collectives import all_reduce, barrier
+from zerod.engine import Engine
+from zerod.errors import (
+    Aborted,
+    AlreadyExists,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    ModelError,
+    PermissionDenied,
+    ResourceExhausted,
+    Unavailable,
+    UserWriteError,
+    ZerodError,
+)
+from zerod.gathered import GatheredParameters
+from zerod.initialization import initialize
+from zerod.loader import Loader
+from zerod.optimizer import AdamW
+from zerod.schedule import WarmupLR
+
+__all__ = [
+    "Aborted",
+    "AdamW",
+    "AlreadyExists",
+    "DeadlineExceeded",
+    "Engine",
+    "FailedPrecondition",
+    "GatheredParameters",
+    "Internal",
+    "InvalidArgument",
+    "Loader",
+    "ModelError",
+    "PermissionDenied",
+    "ResourceExhausted",
+    "Unavailable",
+    "UserWriteError",
+    "WarmupLR",
+    "ZerodError",
+    "__version__",
+    "all_reduce",
+    "barrier",
+    "initialize",
+]

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backward pass: gradients are handed over as they are accumulated, and its end is found.
+
+A backward pass can hold others (reentrant checkpointing runs one inside a node of the outer one);
+what counts is the outermost. `engine.backward()` says where it ends; for a plain `loss.backward()`
+autograd's own end-of-task callback does.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from zerod.model import ManagedParameter
+
+_task_id = torch._C._current_graph_task_id
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+class BackwardPass:
+    """Lands the gradients of one client, and keeps count of what a unit still waits for."""
+
+    def __init__(self, client: Any, parameters: list[ManagedParameter]) -> None:
+        self.client = client
+        self.serial = 0  # of the outermost pass, from 1
+        self.open_calls = [0] * len(client.units)
+        self.on_unit_done: Callable[[int], None] | None = None
+        self.on_end: Callable[[], None] | None = None
+        self.is_last: Callable[[], bool] = lambda: True  # the micro-step is the step's last
+        self.parameters = parameters
+        self.trainable = [p for p in parameters if p.trainable]
+        self._unit_of = [view.unit for view in client.parameters]
+        self._members: list[frozenset[int]] = [frozenset()] * len(client.units)
+        for unit in range(len(client.units)):
+            self._members[unit] = frozenset(
+                p.index for p in self.trainable if self._unit_of[p.index] == unit
+            )
+        self._pending: dict[int, set[int]] = {}  # unit -> parameters without gradient in this pass
+        self._landed: dict[int, None] = {}  # units landed in since they were last scattered
+        self._open: dict[int, None] = {}  # units landed in this step, not yet scattered for good
+        self._landed_in_step = False
+        self._scattered = bytearray(len(client.units))
+        self._tasks: list[int] = []
+        self._explicit = False
+        for managed in self.trainable:
+            managed.parameter.register_post_accumulate_grad_hook(
+                partial(self._on_gradient, managed.index)
+            )
+
+    # --- Where a pass begins and ends.
+
+    def enter(self) -> int:
+        """Called by every hook in a backward pass. The serial of the outermost one."""
+        task = _task_id()
+        if not self._tasks or task not in self._tasks:
+            if not self._tasks:
+                self._begin()
+            self._tasks.append(task)
+            if not self._explicit:
+                queue = torch.autograd.Variable._execution_engine.queue_callback
+                queue(partial(self._leave, task))
+        return self.serial
+
+    @contextmanager
+    def explicit(self) -> Iterator[None]:
+        """Around the outermost pass, where the caller starts it."""
+        self._tasks.clear()
+        self._explicit = True
+        try:
+            yield
+            self.finish()
+        finally:
+            self._explicit = False
+            self._tasks.clear()
+
+    def _begin(self) -> None:
+        self.serial += 1
+        self._pending.clear()
+        self.open_calls = [0] * len(self.open_calls)
+
+    def _leave(self, task: int) -> None:
+        if task in self._tasks:
+            del self._tasks[self._tasks.index(task) :]
+            if not self._tasks:
+                self.finish()
+
+    def finish(self) -> None:
+        """The outermost pass is over: hand over what was landed."""
+        last = self.is_last()
+        for unit in list(self._open if last else self._landed):
+            self._scatter(unit, last)
+        self._pending.clear()
+        if self.on_end:
+            self.on_end()
+
+    def abandon(self) -> None:
+        """Outside of any pass: forgets one that ended by an exception."""
+        if _task_id() == -1:
+            self._tasks.clear()
+
+    # --- What a unit waits for.
+
+    def expect(self, unit: int) -> None:
+        """A use of the unit is about to be differentiated: its trainable parameters will get
+        gradients (again, where each use is a graph of its own)."""
+        self._pending[unit] = set(self._members[unit])
+
+    def done(self, unit: int) -> bool:
+        return not self._pending.get(unit) and self.open_calls[unit] == 0
+
+    # --- Gradients.
+
+    def _on_gradient(self, index: int, parameter: torch.Tensor) -> None:
+        self.enter()
+        unit = self._unit_of[index]
+        if not self._scattered[unit]:
+            self._land(index, parameter)
+        # else it stays in .grad and adds up there until step()
+        pending = self._pending.get(unit)
+        if pending is None:
+            self.expect(unit)
+            pending = self._pending[unit]
+        pending.discard(index)
+        if not pending:
+            if unit in self._landed:
+                self._scatter(unit, last=False)
+            if self.on_unit_done:
+                self.on_unit_done(unit)
+
+    def _land(self, index: int, parameter: torch.Tensor) -> None:
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        if gradient.layout is not torch.strided:
+            raise RuntimeError(
+                f"the gradient of {self.parameters[index].name!r} is {gradient.layout}: only "
+                "dense gradients are served"
+            )
+        if not gradient.is_contiguous():
+            gradient = gradient.contiguous()
+        if gradient.dtype not in _NAMES:
+            gradient = gradient.float()
+        self.client.land(index, gradient.data_ptr(), _NAMES[gradient.dtype])
+        parameter.grad = None
+        unit = self._unit_of[index]
+        self._landed[unit] = None
+        self._open[unit] = None
+        self._landed_in_step = True
+
+    def _scatter(self, unit: int, last: bool) -> None:
+        self.client.scatter(unit, last)
+        self._landed.pop(unit, None)
+        if last:
+            self._open.pop(unit, None)
+            self._scattered[unit] = 1
+
+    def flush(self) -> None:
+        """At step(): gradients that came after their unit was handed over, or that the user made
+        himself, join it. May wait for other ranks."""
+        late: dict[int, list[ManagedParameter]] = {}
+        for managed in self.trainable:
+            if managed.parameter.grad is not None:
+                late.setdefault(self._unit_of[managed.index], []).append(managed)
+        for unit, members in late.items():
+            if self._scattered[unit]:
+                self.client.reclaim(unit)
+                self._scattered[unit] = 0
+            for managed in members:
+                self._land(managed.index, managed.parameter)
+        for unit in list(self._open):
+            self._scatter(unit, last=True)
+
+    def check_frozen(self) -> None:
+        for managed in self.parameters:
+            if managed.frozen and managed.parameter.grad is not None:
+                raise RuntimeError(
+                    f"{managed.name!r} got a gradient, but was frozen when initialize() was "
+                    "called: what is trained is fixed then"
+                )
+
+    def committed(self) -> None:
+        """After STEP: a new step begins."""
+        self._landed.clear()
+        self._open.clear()
+        self._landed_in_step = False
+        self._scattered = bytearray(len(self._scattered))
+
+    @property
+    def has_gradients(self) -> bool:
+        """Something was handed over in this step."""
+        return self._landed_in_step

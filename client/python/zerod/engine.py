@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine: the model as the training loop uses it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from zerod import at_exit, collectives, gathered
+from zerod.backward import BackwardPass
+from zerod.client_state import ClientState
+from zerod.hooks import Gathering
+from zerod.launch import Launch
+from zerod.loader import Loader
+from zerod.model import ModelDescription, tensors_in
+from zerod.optimizer import AdamW
+from zerod.versions import Versions
+from zerod.weights import StateDictHooks, Weights, check_state, model_buffers
+
+
+@dataclass
+class EngineParts:
+    """What `initialize` has put together."""
+
+    model: nn.Module
+    client: Any
+    description: ModelDescription
+    weights: Weights
+    optimizer: AdamW | None
+    lr_scheduler: Any
+    training_dataloader: Loader | None
+    config: dict[str, Any]
+    launch: Launch
+
+
+class Engine(nn.Module):
+    """Wraps a model whose parameters live in the daemon.
+
+        loss = engine(batch)
+        engine.backward(loss)
+        engine.step()
+
+    What it does not know falls through to the model. `client_state` is a dict of the user's own;
+    it is committed with every step and there again after a restart.
+    """
+
+    def __init__(self, parts: EngineParts) -> None:
+        super().__init__()
+        self.module = parts.model
+        self.client = parts.client
+        self.description = parts.description
+        self.weights = parts.weights
+        self.optimizer = parts.optimizer
+        self.lr_scheduler = parts.lr_scheduler
+        self.training_dataloader = parts.training_dataloader
+        self.config = parts.config
+        self.device = torch.device("cpu")
+        self.global_rank = parts.launch.rank
+        self.local_rank = parts.launch.local_rank
+        self.world_size = self.dp_world_size = parts.launch.world
+        self.micro_steps = 0
+        self.global_steps = 0
+        self.skipped_steps = 0
+        self.want_grad_norm = False
+        self.client_state: dict[str, Any] = {}
+        self._forced_boundary: bool | None = None
+        self._grad_norm: float | None = None
+        self._step_applied = False
+        self._destroyed = False
+        self.backward_pass = BackwardPass(self.client, self.description.parameters)
+        self.backward_pass.is_last = self.is_gradient_accumulation_boundary
+        self.gathering = Gathering(self.module, self.description, self.client, self.backward_pass)
+        self.versions = Versions(self.description.parameters)
+        self._state_dict_hooks = StateDictHooks(self.weights, self.module)
+        limit = self.config["zerod"]["client_state_bytes_max"]
+        self._state = ClientState(self.module, limit)
+        for managed in self.description.parameters:
+            gathered.owners[id(managed.parameter)] = (self, managed.index)
+        self.resumed_step: int = self.client.resumed_step
+        if self.resumed_step:
+            self._resume()
+        collectives.set_current(self)
+        at_exit.leave_at_exit(self)
+
+    # --- Training.
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.versions.check()
+        self.backward_pass.abandon()
+        with self.gathering.forward():
+            output = self.module(*args, **kwargs)
+        if torch.is_grad_enabled():
+            for tensor in tensors_in(output):
+                if tensor.grad_fn is not None:
+                    # The first hook of a backward pass tells which graph task is the outermost.
+                    tensor.register_hook(self._enter_backward)
+        return output
+
+    def _enter_backward(self, _: torch.Tensor) -> None:
+        self.backward_pass.enter()
+
+    def backward(
+        self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
+    ) -> torch.Tensor:
+        """Back-propagates `loss` divided by the number of accumulation steps, which is returned.
+        May be called several times between two calls of step()."""
+        steps = self.gradient_accumulation_steps()
+        scaled = loss / steps if scale_wrt_gas and steps > 1 else loss
+        try:
+            with self.backward_pass.explicit():
+                scaled.backward(retain_graph=retain_graph)
+        except BaseException:
+            self.gathering.reset()
+            raise
+        return scaled
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """The end of a micro-step. At the accumulation boundary the optimizer runs, on all ranks:
+        it returns when the new weights may be read."""
+        boundary = self.is_gradient_accumulation_boundary()
+        if not boundary:
+            self.micro_steps += 1
+            return
+        if self.optimizer is None:
+            raise RuntimeError("there is no optimizer: pass one, or configure \"optimizer\"")
+        self.versions.check()
+        self.gathering.reset()
+        self.backward_pass.flush()
+        self.backward_pass.check_frozen()
+        self.micro_steps += 1
+        result = self.client.step(
+            self.optimizer.groups(),
+            max_norm=self.gradient_clipping(),
+            want_norm=self.want_grad_norm,
+            blob=self._state.capture(self._state_parts()),
+        )
+        self.backward_pass.committed()
+        self.versions.bump()
+        self.global_steps += 1
+        self._step_applied = not result.skipped
+        self._grad_norm = None if math.isnan(result.grad_norm) else result.grad_norm
+        if result.skipped:
+            self.skipped_steps += 1
+        else:
+            self._step_scheduler(lr_kwargs or {})
+
+    def _step_scheduler(self, lr_kwargs: dict[str, Any]) -> None:
+        if self.lr_scheduler is None:
+            return
+        optimizer = getattr(self.lr_scheduler, "optimizer", None)
+        if optimizer is not None:
+            optimizer._opt_called = True  # torch's schedulers warn without it
+        self.lr_scheduler.step(**lr_kwargs)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing to do between steps: step() uses the gradients up. After backward() they are on
+        their way already and cannot be called back."""
+        if self.backward_pass.has_gradients:
+            raise RuntimeError(
+                "gradients of this step have been handed over and cannot be zeroed; call "
+                "engine.step() first"
+            )
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        if self._forced_boundary is not None:
+            return self._forced_boundary
+        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """From now on the caller says which micro-step is the last, before its backward()."""
+        self._forced_boundary = is_boundary
+
+    # --- State.
+
+    def state_dict(self, *args: Any, master: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """The model's own state_dict: complete, plain copies, from any rank alone.
+
+        In a bf16 job the values are bfloat16, with `master` the fp32 master copy.
+        """
+        self._state_dict_hooks.master = master
+        try:
+            return self.module.state_dict(*args, **kwargs)
+        finally:
+            self._state_dict_hooks.master = False
+
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: Mapping[str, Any], strict: bool = True
+    ) -> Any:
+        """Rank 0's parameters become everybody's; each rank takes the buffers it is given.
+        The optimizer's state stays. Collective, outside of forward and backward."""
+        problem: Exception | None = None
+        missing: list[str] = []
+        unexpected: list[str] = []
+        try:
+            self.versions.check()
+            missing, unexpected = check_state(
+                self.module, self.description.parameters, state_dict
+            )
+            if strict and (missing or unexpected):
+                raise ValueError(
+                    f"the state_dict does not fit: missing {missing}, unexpected {unexpected}"
+                )
+        except Exception as error:
+            problem = error
+        refused = collectives.all_reduce(float(problem is not None), "max", self)
+        if problem is not None:
+            raise problem
+        if refused:
+            raise RuntimeError("another rank's state_dict does not fit the model")
+        self.gathering.reset()
+        self.client.barrier()
+        if self.global_rank == 0:
+            self._put_state(state_dict)
+        with torch.no_grad():
+            for name, buffer in model_buffers(self.module, persistent_only=True).items():
+                if name in state_dict:
+                    buffer.copy_(state_dict[name])
+        self.client.barrier()
+        self.versions.bump(all_parameters=True)
+        return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+    def _put_state(self, state_dict: Mapping[str, Any]) -> None:
+        of_parameter = {id(p.parameter): p for p in self.description.parameters}
+        values = {}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            if name in state_dict:
+                values[id(parameter)] = state_dict[name]
+        for identity, value in values.items():
+            self.weights.put(of_parameter[identity], value)
+
+    def _state_parts(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {
+            "micro_steps": self.micro_steps,
+            "skipped_steps": self.skipped_steps,
+            "user": self.client_state,
+            "groups": [
+                {key: value for key, value in group.items() if key != "params"}
+                for group in self.optimizer.param_groups  # type: ignore[union-attr]
+            ],
+        }
+        if self.lr_scheduler is not None:
+            parts["lr_scheduler"] = self.lr_scheduler.state_dict()
+        if self.training_dataloader is not None:
+            parts["loader"] = self.training_dataloader.state_dict()
+        return parts
+
+    def _resume(self) -> None:
+        """Everything is put back as it was when the committed step was made."""
+        parts = self._state.restore(self.client.client_state())
+        self.micro_steps = parts["micro_steps"]
+        self.skipped_steps = parts["skipped_steps"]
+        self.global_steps = self.resumed_step
+        self.client_state = parts["user"]
+        if self.optimizer is not None:
+            for group, values in zip(self.optimizer.param_groups, parts["groups"]):
+                group.update(values)
+        if self.training_dataloader is not None and "loader" in parts:
+            self.training_dataloader.load_state_dict(parts["loader"])
+        if self.lr_scheduler is not None and "lr_scheduler" in parts:
+            # The state went with STEP, before the schedule moved on.
+            self.lr_scheduler.load_state_dict(parts["lr_scheduler"])
+            self._step_scheduler({})
+
+    def destroy(self) -> None:
+        """Leaves the job: its state is freed once all ranks have left. Idempotent."""
+        if self._destroyed:
+            return
+        self._destroyed = True
+        at_exit.forget(self)
+        if collectives._current and collectives._current[0] is self:
+            collectives.set_current(None)
+        for managed in self.description.parameters:
+            gathered.owners.pop(id(managed.parameter), None)
+        if not self.client.closed:
+            self.client.detach()
+
+    # --- What it is configured to, in DeepSpeed's words.
+
+    def train_batch_size(self) -> int:
+        return self.config["train_batch_size"]
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return self.config["train_micro_batch_size_per_gpu"]
+
+    def gradient_accumulation_steps(self) -> int:
+        return self.config["gradient_accumulation_steps"]
+
+    def gradient_clipping(self) -> float:
+        return self.config["gradient_clipping"]
+
+    def zero_optimization_stage(self) -> int:
+        return self.config["zero_optimization"]["stage"]
+
+    def bfloat16_enabled(self) -> bool:
+        return self.config["bf16"]["enabled"]
+
+    def get_global_grad_norm(self) -> float | None:
+        """Of the last step's mean gradient, before clipping. None where it was not computed: it is
+        with clipping, or when `engine.want_grad_norm` is set."""
+        return self._grad_norm
+
+    def was_step_applied(self) -> bool:
+        return self._step_applied
+
+    def get_lr(self) -> list[float]:
+        return [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []
+
+    @property
+    def global_samples(self) -> int:
+        return self.global_steps * self.train_batch_size()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(super().__getattr__("module"), name)

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a unit is gathered and released: around its module's forward, and again in the backward
+pass.
+
+Forward: the module's pre-forward hook gathers, its forward hook (always called, also where forward
+raises) releases. Backward: a hook on every output tensor gathers; the unit is released when its own
+gradients have been handed over and the gradients of its inputs are known, at the latest when the
+outermost backward pass ends. Two nets catch what has no such hook: reading a parameter of a module
+inside any forward gathers its unit, and so does autograd when it unpacks a saved tensor that lies
+in a unit's memory. Units that are resident need none of this and get no hook.
+
+Holds are a set: gathering twice and releasing twice do no harm.
+"""
+
+import sys
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from zerod.backward import BackwardPass
+from zerod.model import ModelDescription, callable_module, paths_of, tensors_in
+
+_task_id = torch._C._current_graph_task_id  # -1 outside of backward
+
+
+class Call:
+    """One forward of a unit's module, for the hooks in the graph that it made."""
+
+    __slots__ = ("unit", "gathering", "inputs", "open_inputs", "task")
+
+    def __init__(self, unit: int, gathering: "Gathering") -> None:
+        self.unit = unit
+        self.gathering = gathering
+        self.inputs = 0
+        self.open_inputs = 0
+        self.task = 0  # serial of the backward pass that reached the outputs
+
+    def watch_inputs(self, values: object) -> None:
+        for tensor in tensors_in(values):
+            if not tensor.requires_grad or isinstance(tensor, nn.Parameter):
+                continue
+            self.inputs += 1
+            handle = tensor.register_hook(lambda _, i=self.inputs: self._on_input(i))
+            if tensor.grad_fn is None:  # a leaf may live longer than the graph
+                self.gathering.leaf_handles.append(handle)
+
+    def watch_outputs(self, value: object) -> None:
+        for tensor in tensors_in(value):
+            if tensor.grad_fn is not None and tensor.requires_grad:
+                tensor.register_hook(self._on_output)
+
+    def _on_output(self, _: torch.Tensor) -> None:
+        gathering = self.gathering
+        serial = gathering.backward.enter()
+        gathering.gather(self.unit)
+        if self.task != serial:
+            self.task = serial
+            gathering.backward.expect(self.unit)
+            self.open_inputs = self.inputs
+            if self.inputs:
+                gathering.backward.open_calls[self.unit] += 1
+
+    def _on_input(self, _: int) -> None:
+        backward = self.gathering.backward
+        if self.task != backward.serial or self.open_inputs == 0:
+            return
+        self.open_inputs -= 1
+        if self.open_inputs == 0:
+            backward.open_calls[self.unit] -= 1
+            self.gathering.release_if_done(self.unit)
+
+
+class Gathering:
+    """The holds of one client."""
+
+    def __init__(
+        self, model: nn.Module, description: ModelDescription, client: Any, backward: BackwardPass
+    ) -> None:
+        self.client = client
+        self.backward = backward
+        views = client.units
+        self.held = bytearray(len(views))
+        self.pins = [0] * len(views)  # GatheredParameters
+        self.depth = [0] * len(views)  # forwards of the unit's modules under way
+        self.active = 0  # forwards under way, the engine's own included
+        self.calls: list[Call] = []
+        self.leaf_handles: list[Any] = []
+        self.demand_units = [u for u, view in enumerate(views) if not view.resident]
+        self._demand = bytearray(0 if view.resident else 1 for view in views)
+        self._starts: list[int] = []
+        self._start_units: list[int] = []
+        self._hooked: list[tuple[int, nn.Module]] = []
+        self._handles: list[Any] = []
+        self._compiler_seen = False
+        if self.demand_units:
+            backward.on_unit_done = self.release_if_done
+            backward.on_end = self.end_backward
+            self._index_addresses()
+            self._install(model, description)
+
+    # --- Holds.
+
+    def gather(self, unit: int) -> None:
+        if not self.held[unit]:
+            self.client.gather(unit)
+            self.held[unit] = 1
+
+    def release(self, unit: int) -> None:
+        if self.held[unit] and not self.depth[unit] and not self.pins[unit]:
+            self.held[unit] = 0
+            self.client.release(unit)
+
+    def release_idle(self) -> None:
+        for unit in self.demand_units:
+            if self.held[unit]:
+                self.release(unit)
+
+    def release_if_done(self, unit: int) -> None:
+        if self._demand[unit] and self.backward.done(unit):
+            self.release(unit)
+
+    def end_backward(self) -> None:
+        for handle in self.leaf_handles:
+            handle.remove()
+        self.leaf_handles.clear()
+        self.release_idle()
+
+    def reset(self) -> None:
+        """Before STEP, and after an exception that skipped hooks: nothing is under way."""
+        self.calls.clear()
+        self.active = 0
+        for unit in self.demand_units:
+            self.depth[unit] = 0
+        self.end_backward()
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around the engine's own forward: the nets are up, and at the end all is released."""
+        if not self.demand_units:
+            yield
+            return
+        if not self._compiler_seen and "torch._dynamo" in sys.modules:
+            self._register()
+        outermost = self.active == 0 and _task_id() == -1
+        self.active += 1
+        try:
+            if torch.is_grad_enabled() and not _saved_tensor_hooks_present():
+                with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+                    yield
+            else:
+                yield
+        finally:
+            self.active -= 1
+            if outermost:
+                self.calls.clear()
+                self.active = 0
+                for unit in self.demand_units:
+                    self.depth[unit] = 0
+                self.release_idle()
+
+    # --- Hooks.
+
+    def _install(self, model: nn.Module, description: ModelDescription) -> None:
+        paths = paths_of(model)
+        modules: dict[tuple[int, int], tuple[int, nn.Module]] = {}
+
+        def add(unit: int, module: nn.Module) -> None:
+            modules.setdefault((unit, id(module)), (unit, module))
+
+        for unit in self.demand_units:
+            add(unit, callable_module(model, self.client.units[unit].name))
+        for managed in description.parameters:
+            unit = self.client.parameters[managed.index].unit
+            if not self._demand[unit]:
+                continue
+            home = self.client.units[unit].name
+            for module, attribute in managed.registered:
+                self._watch_reads(module, attribute, unit)
+                # A module that is also registered elsewhere is called from there too.
+                for path in paths[id(module)]:
+                    if home and path != home and not path.startswith(f"{home}."):
+                        add(unit, callable_module(model, path))
+        self._hooked = list(modules.values())
+        self._register()
+
+    def _register(self) -> None:
+        """Hooks for eager mode; once a compiler is loaded, hooks that it leaves alone. (Loading it
+        takes longer than all the rest of initialize().)"""
+        self._compiler_seen = "torch._dynamo" in sys.modules
+        shield = torch._dynamo.disable if self._compiler_seen else lambda function: function
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for unit, module in self._hooked:
+            self._handles += [
+                module.register_forward_pre_hook(
+                    shield(self._pre_forward(unit)), prepend=True, with_kwargs=True
+                ),
+                module.register_forward_hook(shield(self._post_forward(unit)), always_call=True),
+            ]
+
+    def _pre_forward(self, unit: int) -> Any:
+        def pre_forward(_: nn.Module, args: Any, kwargs: Any) -> None:
+            call = Call(unit, self)
+            self.calls.append(call)
+            self.active += 1
+            self.depth[unit] += 1
+            self.gather(unit)
+            if torch.is_grad_enabled():
+                call.watch_inputs((args, kwargs))
+
+        return pre_forward
+
+    def _post_forward(self, unit: int) -> Any:
+        def post_forward(_: nn.Module, args: Any, output: Any) -> None:
+            call = self._pop(unit)
+            if call is None:
+                return  # its pre-forward hook never ran
+            self.active = max(0, self.active - 1)
+            self.depth[unit] = max(0, self.depth[unit] - 1)
+            if torch.is_grad_enabled():
+                call.watch_outputs(output)
+            if _task_id() != -1:
+                return  # a recomputation: the backward pass needs it next
+            self.release(unit)
+            if self.active == 0:
+                self.release_idle()
+
+        return post_forward
+
+    def _pop(self, unit: int) -> Call | None:
+        for i in range(len(self.calls) - 1, -1, -1):
+            if self.calls[i].unit == unit:
+                call = self.calls[i]
+                del self.calls[i:]
+                return call
+        return None
+
+    # --- Nets.
+
+    def _watch_reads(self, module: nn.Module, attribute: str, unit: int) -> None:
+        watched = module._parameters
+        if not isinstance(watched, WatchedParameters):
+            watched = WatchedParameters(watched)
+            watched.gathering = self
+            module.__dict__["_parameters"] = watched
+        watched.units[attribute] = unit
+
+    def on_read(self, unit: int) -> None:
+        """A parameter was looked up inside a forward."""
+        if not self.held[unit] and (self.active or _task_id() != -1):
+            self.gather(unit)
+
+    def _index_addresses(self) -> None:
+        first: dict[int, int] = {}
+        for view in self.client.parameters:
+            start = view.address - view.offset * (4 if self.client.dtype == "float32" else 2)
+            first[view.unit] = start
+        ordered = sorted((start, unit) for unit, start in first.items())
+        self._starts = [start for start, _ in ordered]
+        self._start_units = [unit for _, unit in ordered]
+        self._base = self.client.base
+        self._end = self._base + self.client.reserved_bytes
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        # The hooks take torch's own check for in-place changes away, so it is done here.
+        unit = -1
+        try:
+            address = tensor.data_ptr()
+            if self._base <= address < self._end:
+                unit = self._start_units[bisect_right(self._starts, address) - 1]
+                if not self._demand[unit]:
+                    unit = -1
+            return (tensor, tensor._version, unit)
+        except RuntimeError:  # no storage (while a compiler traces), or no version
+            return tensor
+
+    def _unpack(self, packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        tensor, version, unit = packed
+        if tensor._version != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: {tensor.type()} {list(tensor.shape)} is at version "
+                f"{tensor._version}; expected version {version} instead. A parameter is modified "
+                "by engine.step(): a graph from before it cannot be used after it"
+            )
+        if unit >= 0 and not self.held[unit]:
+            if _task_id() != -1:
+                self.backward.enter()
+            self.gather(unit)
+        return tensor
+
+
+class WatchedParameters(dict[str, Any]):
+    """A module's `_parameters` where looking one up gathers its unit, inside of a forward."""
+
+    def __init__(self, parameters: dict[str, Any]) -> None:
+        super().__init__(parameters)
+        self.units: dict[str, int] = {}
+        self.gathering: Gathering | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        unit = self.units.get(name)
+        if unit is not None and self.gathering is not None:
+            self.gathering.on_read(unit)
+        return super().__getitem__(name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        import copy
+
+        return {name: copy.deepcopy(value, memo) for name, value in self.items()}
+
+    def __reduce__(self) -> Any:
+        return (dict, (dict(self),))
+
+
+def _saved_tensor_hooks_present() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

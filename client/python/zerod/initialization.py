@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a model and a configuration to an engine."""
+
+import logging
+import os
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from zerod import _zerod, config as configuration, optimizer as optimizers, peers, schedule
+from zerod.engine import Engine, EngineParts
+from zerod.errors import ModelError
+from zerod.launch import Launch
+from zerod.loader import Loader
+from zerod.model import ModelDescription, describe
+from zerod.weights import Weights, model_buffers
+
+log = logging.getLogger("zerod")
+BUFFER_BYTES_MAX = 16 << 20  # of buffers that differ between ranks, sent as numbers
+_NUMBER_BYTES = 6  # that many fit a double's mantissa exactly
+_engines_made = 0
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | optimizers.Builder | None = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: Dataset[Any] | None = None,
+    lr_scheduler: Any = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    config: configuration.Source | None = None,
+    config_params: configuration.Source | None = None,
+    *,
+    address: str = "",
+    seed: int = 0,
+) -> tuple[Engine, torch.optim.Optimizer | None, Loader | None, Any]:
+    """Hands the model's parameters to the daemon; returns engine, optimizer, loader, scheduler.
+
+    The arguments are DeepSpeed's. `config` is a dict or the path of a JSON file. `optimizer` is a
+    torch.optim.AdamW, or a function that makes one of parameters; `lr_scheduler` a scheduler, or a
+    function that makes one of the optimizer. `address` is the daemon's socket ("unix:/path"; else
+    ZEROD_ADDRESS, else an embedded one). `seed` orders `training_data`.
+
+    Collective: every rank of the launcher calls it. Rank 0's weights are the job's. Where the job
+    is there already, its state is taken up instead: see `engine.resumed_step`.
+    """
+    if model is None:
+        raise ValueError("model is missing")
+    launch = Launch.from_environment()
+    text = configuration.read_source(configuration.choose_source(args, config, config_params))
+    resolved = configuration.resolve(text, launch.world)
+    dtype = torch.bfloat16 if resolved["bf16"]["enabled"] else torch.float32
+    built = optimizers.build(model, optimizer, model_parameters, resolved)
+    description = describe(model, dtype, built)
+    client = _attach(text, resolved, description, launch, address, dtype)
+    try:
+        engine = _adopt(
+            model, client, description, built, lr_scheduler, training_data, collate_fn, resolved,
+            launch, seed,
+        )
+    except BaseException:
+        client.close()
+        raise
+    return engine, built, engine.training_dataloader, engine.lr_scheduler
+
+
+def _attach(
+    text: str,
+    resolved: dict[str, Any],
+    description: ModelDescription,
+    launch: Launch,
+    address: str,
+    dtype: torch.dtype,
+) -> Any:
+    global _engines_made
+    job = peers.job_id(resolved["zerod"]["job"], _engines_made, launch)
+    found = peers.find_peers(job, launch, address)
+    client = _zerod.Client.attach(
+        modules=description.modules,
+        parameters=description.parameter_infos(),
+        config=text,
+        dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+        address=address,
+        job=job,
+        attempt=launch.attempt,
+        rank=launch.rank,
+        world=launch.world,
+        local_rank=launch.local_rank,
+        local_world=launch.local_world,
+        node_rank=launch.node_rank,
+        peers=found.addresses,
+        job_token=found.job_token,
+        attach_timeout_seconds=resolved["zerod"]["attach_timeout_seconds"],
+    )
+    _engines_made += 1
+    if launch.rank == 0:
+        log.info("job %s: %s", job, client.plan_text)
+    return client
+
+
+def _adopt(
+    model: nn.Module,
+    client: Any,
+    description: ModelDescription,
+    built: optimizers.AdamW | None,
+    lr_scheduler: Any,
+    training_data: Dataset[Any] | None,
+    collate_fn: Callable[[list[Any]], Any] | None,
+    resolved: dict[str, Any],
+    launch: Launch,
+    seed: int,
+) -> Engine:
+    weights = Weights(client, description)
+    fresh = client.resumed_step == 0
+    # A job that died before its first step may have got a part only: then again.
+    weights.adopt(write_initial=fresh and launch.rank == 0)
+    client.barrier()
+    if fresh and launch.world > 1:
+        _share_buffers(model, client, launch)
+    loader = None
+    if training_data is not None:
+        loader = Loader(
+            training_data,
+            resolved["train_micro_batch_size_per_gpu"],
+            rank=launch.rank,
+            world=launch.world,
+            seed=seed,
+            collate_fn=collate_fn,
+        )
+    return Engine(
+        EngineParts(
+            model=model,
+            client=client,
+            description=description,
+            weights=weights,
+            optimizer=built,
+            lr_scheduler=_scheduler(lr_scheduler, built, resolved),
+            training_dataloader=loader,
+            config=resolved,
+            launch=launch,
+        )
+    )
+
+
+def _scheduler(given: Any, optimizer: Any, resolved: dict[str, Any]) -> Any:
+    if given is not None and resolved.get("scheduler"):
+        raise ModelError(
+            'a scheduler is passed and the configuration has "scheduler" too; keep one'
+        )
+    if given is None:
+        return schedule.from_config(resolved, optimizer) if optimizer is not None else None
+    if not hasattr(given, "step"):
+        return given(optimizer)
+    return given
+
+
+def _share_buffers(model: nn.Module, client: Any, launch: Launch) -> None:
+    """Rank 0's buffers become everybody's, where they are not equal anyway."""
+    buffers = model_buffers(model)
+    data = b"".join(
+        b.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        for b in buffers.values()
+    )
+    mark = [float(zlib.crc32(data)), float(len(data))]
+    low, high = client.all_reduce(mark, "min"), client.all_reduce(mark, "max")
+    if low == high:
+        return
+    if low[1] != high[1]:
+        raise ModelError("the ranks' buffers differ in size: build the same model on every rank")
+    if len(data) > BUFFER_BYTES_MAX:
+        raise ModelError(
+            f"{len(data)} bytes of buffers differ between the ranks: build the model from the same "
+            "seed on every rank"
+        )
+    received = bytearray()
+    piece_bytes = 64 * _NUMBER_BYTES
+    for begin in range(0, len(data), piece_bytes):
+        piece = data[begin : begin + piece_bytes]
+        numbers = [
+            float(int.from_bytes(piece[i : i + _NUMBER_BYTES], "little"))
+            for i in range(0, len(piece), _NUMBER_BYTES)
+        ]
+        mine = numbers if launch.rank == 0 else [0.0] * len(numbers)
+        for i, number in enumerate(client.all_reduce(mine, "sum")):
+            size = min(_NUMBER_BYTES, len(piece) - i * _NUMBER_BYTES)
+            received += int(number).to_bytes(size, "little")
+    offset = 0
+    for buffer in buffers.values():
+        size = buffer.numel() * buffer.element_size()
+        if size:
+            values = torch.frombuffer(received, dtype=torch.uint8, count=size, offset=offset)
+            with torch.no_grad():
+                buffer.copy_(values.clone().view(buffer.dtype).view(buffer.shape))
+        offset += size

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A loader whose position is part of the training state."""
+
+from collections.abc import Callable, Iterator, Sized
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+class Loader:
+    """Micro-batches of a map-style dataset: shuffled by (seed, epoch), dealt out over the ranks.
+
+    The order is that of torch's DistributedSampler with drop_last: the same permutation on all
+    ranks, rank r takes its elements r, r + world, ... Each `iter()` goes on where the last one
+    stopped, to the end of the epoch; a finished epoch starts the next. It draws from a generator
+    of its own, so that the global one stands where the training left it.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        if not isinstance(dataset, Sized):
+            raise TypeError("training_data needs a length; pass a map-style dataset")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world = world
+        self.seed = seed
+        self.shuffle = shuffle
+        self.collate_fn = collate_fn
+        self.num_workers = num_workers
+        self.epoch = 0
+        self.position = 0  # micro-batches of this epoch that were handed out
+        self._batches = len(dataset) // world // batch_size
+        if self._batches == 0:
+            raise ValueError(
+                f"training_data has {len(dataset)} elements, fewer than one batch of "
+                f"{batch_size} for each of {world} ranks"
+            )
+
+    def __len__(self) -> int:
+        """Micro-batches of one epoch, for each rank."""
+        return self._batches
+
+    def __iter__(self) -> Iterator[Any]:
+        order = self._order()
+        batches = [
+            order[i * self.batch_size : (i + 1) * self.batch_size].tolist()
+            for i in range(self.position, self._batches)
+        ]
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=batches,  # type: ignore[arg-type]
+            collate_fn=self.collate_fn,
+            num_workers=self.num_workers,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+        for batch in loader:
+            self.position += 1
+            last = self.position == self._batches
+            if last:
+                self.epoch += 1
+                self.position = 0
+            yield batch
+            if last:
+                return
+
+    def _order(self) -> torch.Tensor:
+        count = len(self.dataset)  # type: ignore[arg-type]
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            order = torch.randperm(count, generator=generator)
+        else:
+            order = torch.arange(count)
+        return order[: count // self.world * self.world][self.rank :: self.world]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position, "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes effect with the next `iter()`."""
+        self.epoch = state["epoch"]
+        self.position = state["position"]
+        self.seed = state["seed"]

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights into and out of the daemon: initial values, state_dict, load_state_dict."""
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from zerod.model import ManagedParameter, ModelDescription
+
+PIECE_ELEMENTS_MAX = 1 << 20  # of one PUT or READ: what the transfer area holds
+
+
+class Weights:
+    """Copies values between tensors of this process and the master copy of all daemons."""
+
+    def __init__(self, client: Any, description: ModelDescription) -> None:
+        self.client = client
+        self.parameters = description.parameters
+        self._views = client.parameters
+
+    def put(self, managed: ManagedParameter, values: torch.Tensor) -> None:
+        """Nobody may hold the unit; a barrier orders it for other ranks."""
+        flat = values.detach().to(torch.float32).contiguous().view(-1)
+        view = self._views[managed.index]
+        for begin in range(0, flat.numel(), PIECE_ELEMENTS_MAX):
+            piece = flat[begin : begin + PIECE_ELEMENTS_MAX]
+            self.client.put(view.unit, view.offset + begin, piece.data_ptr(), piece.numel())
+
+    def read(self, managed: ManagedParameter, kind: str = "master") -> torch.Tensor:
+        """float32, in memory of its own. Needs no other rank."""
+        values = torch.empty(managed.shape, dtype=torch.float32)
+        flat = values.view(-1)
+        view = self._views[managed.index]
+        for begin in range(0, flat.numel(), PIECE_ELEMENTS_MAX):
+            piece = flat[begin : begin + PIECE_ELEMENTS_MAX]
+            self.client.read(view.unit, view.offset + begin, piece.data_ptr(), piece.numel(), kind)
+        return values
+
+    def adopt(self, write_initial: bool) -> None:
+        """Every parameter becomes the daemon's memory, for good. `write_initial`: this process's
+        values are the job's initial ones."""
+        for managed in self.parameters:
+            if write_initial:
+                self.put(managed, managed.parameter.data)
+            managed.parameter.data = self.client.parameter_tensor(managed.index)
+
+
+class StateDictHooks:
+    """Makes module.state_dict() give plain copies, and keeps module.load_state_dict() from writing
+    into memory that is not the module's."""
+
+    def __init__(self, weights: Weights, model: nn.Module) -> None:
+        self._weights = weights
+        self._of_module: dict[int, list[tuple[str, ManagedParameter]]] = {}
+        self._cache: tuple[Any, dict[int, Any]] = (lambda: None, {})
+        self.master = False
+        for managed in weights.parameters:
+            for module, attribute in managed.registered:
+                if id(module) not in self._of_module:
+                    self._of_module[id(module)] = []
+                    module._register_state_dict_hook(self._after_state_dict)
+                self._of_module[id(module)].append((attribute, managed))
+        model.register_load_state_dict_pre_hook(self._before_load)
+
+    def _after_state_dict(
+        self, module: nn.Module, destination: Any, prefix: str, _: Any
+    ) -> None:
+        for attribute, managed in self._of_module[id(module)]:
+            name = prefix + attribute
+            if name in destination:
+                destination[name] = self._value(destination, managed)
+
+    def _value(self, destination: Any, managed: ManagedParameter) -> torch.Tensor:
+        """Tied names share one tensor within one state_dict, as they do in torch."""
+        if self._cache[0]() is not destination:
+            self._cache = (weakref.ref(destination), {})
+        known = self._cache[1].get(managed.index)
+        value = known() if known else None
+        if value is None:
+            value = self._weights.read(managed)
+            if not self.master:
+                value = value.to(managed.dtype)
+            if len(managed.registered) > 1:
+                self._cache[1][managed.index] = weakref.ref(value)
+        return value
+
+    @staticmethod
+    def _before_load(module: nn.Module, *_: Any) -> None:
+        raise RuntimeError(
+            "the parameters are the daemon's: call engine.load_state_dict() instead of "
+            f"{type(module).__name__}.load_state_dict()"
+        )
+
+
+def check_state(
+    model: nn.Module, parameters: list[ManagedParameter], state: Mapping[str, Any]
+) -> tuple[list[str], list[str]]:
+    """(missing, unexpected) names, as torch reports them. ValueError for a wrong shape."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        expected[name] = tuple(parameter.shape)
+    persistent = model_buffers(model, persistent_only=True)
+    for name, buffer in persistent.items():
+        expected[name] = tuple(buffer.shape)
+    for name, shape in expected.items():
+        value = state.get(name)
+        if isinstance(value, torch.Tensor) and tuple(value.shape) != shape:
+            raise ValueError(
+                f"size mismatch for {name}: {tuple(value.shape)} in the state_dict, {shape} in "
+                "the model"
+            )
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    return missing, unexpected
+
+
+def model_buffers(model: nn.Module, persistent_only: bool = False) -> dict[str, torch.Tensor]:
+    """The buffers by name, each once."""
+    result: dict[str, torch.Tensor] = {}
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or persistent_only and name in module._non_persistent_buffers_set:
+                continue
+            result[f"{path}.{name}" if path else name] = buffer
+    return result

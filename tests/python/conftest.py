@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent.parent / "client" / "python")]
+
+
+@pytest.fixture(scope="session")
+def _fake_module():
+    import fake_zerod
+
+    fake_zerod.install()
+    return fake_zerod
+
+
+@pytest.fixture
+def fake(_fake_module, monkeypatch):
+    """The extension's double. Tests against a daemon run their ranks in processes of their own."""
+    for name in ("RANK", "WORLD_SIZE", "ZEROD_JOB", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    _fake_module.Client.jobs.clear()
+    yield _fake_module
+    from zerod import at_exit
+
+    at_exit._engines.clear()

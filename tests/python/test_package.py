@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package's own logic, over a double of the extension (fake_zerod.py), in this process."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import zoo
+
+pytestmark = pytest.mark.usefixtures("fake")
+CONFIG = {
+    "train_micro_batch_size_per_gpu": 2,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+}
+
+
+def start(model, fake, **config):
+    import zerod
+
+    settings = copy.deepcopy(CONFIG) | config
+    engine, *_ = zerod.initialize(model=model, config=settings)
+    return engine
+
+
+def run_case(name, fake, stage, steps=4):
+    torch.manual_seed(7)
+    torch._dynamo.reset()
+    model, train = zoo.CASES[name](0, 1)
+    engine = start(
+        model, fake, zero_optimization={"stage": stage, "stage3_param_persistence_threshold": 0}
+    )
+    torch.manual_seed(8)
+    seen = []
+    for step in range(steps):
+        seen.append(train(engine, step))
+        engine.step()
+        assert stage < 3 or not engine.client._held
+    state = engine.state_dict()
+    engine.destroy()
+    return seen, state
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", sorted(zoo.CASES))
+def test_stage_3_equals_stage_0(name, fake):
+    expected = run_case(name, fake, stage=0)
+    got = run_case(name, fake, stage=3)
+    assert got[0] == expected[0]
+    assert same(got[1], expected[1])
+
+
+def test_equals_plain_torch(fake):
+    torch.manual_seed(3)
+    plain = zoo.Stack()
+    model = copy.deepcopy(plain)
+    engine = start(model, fake)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, foreach=False)
+    for step in range(3):
+        loss = plain(zoo.batch(0, step)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ours = engine(zoo.batch(0, step)).square().mean()
+        engine.backward(ours)
+        engine.step()
+        assert ours.item() == loss.item()
+    assert same(engine.state_dict(), plain.state_dict())
+    assert same(engine.module.state_dict(), plain.state_dict())
+
+
+def test_window_follows_the_forward(fake):
+    engine = start(zoo.Stack(layers=6), fake)
+    most = 0
+    client = engine.client
+    original = client.gather
+
+    def gather(unit):
+        nonlocal most
+        original(unit)
+        most = max(most, len(client._held))
+
+    client.gather = gather
+    for step in range(2):
+        engine.backward(engine(zoo.batch(0, step)).sum())
+        assert not client._held
+        engine.step()
+    assert most <= 2
+
+
+def test_stale_graph_raises(fake):
+    for stage in (0, 3):
+        engine = start(zoo.Stack(), fake, zero_optimization={"stage": stage})
+        old = engine(zoo.batch(0, 0)).sum()
+        engine.backward(engine(zoo.batch(0, 1)).sum())
+        engine.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            engine.backward(old)
+        engine.destroy()
+
+
+def test_activation_written_in_place_raises(fake):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            hidden = torch.sigmoid(self.a(x))
+            out = self.b(hidden)
+            hidden.add_(1)
+            return out
+
+    engine = start(Model(), fake)
+    loss = engine(torch.randn(2, 4)).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        engine.backward(loss)
+
+
+def test_user_writes_are_errors(fake):
+    import zerod
+
+    engine = start(zoo.Stack(), fake)
+    with torch.no_grad():
+        engine.module.head.bias.add_(1)
+    with pytest.raises(zerod.UserWriteError, match="head.bias.*GatheredParameters"):
+        engine(zoo.batch(0, 0))
+    engine.module.head.weight.data = torch.zeros(5, zoo.WIDTH)
+    with pytest.raises(zerod.UserWriteError, match="head.weight"):
+        engine.step()
+    with pytest.raises(RuntimeError, match="engine.load_state_dict"):
+        engine.module.load_state_dict({})
+
+
+def test_gathered_parameters(fake):
+    import zerod
+
+    engine = start(zoo.Stack(), fake)
+    head = engine.module.head.weight
+    assert head.isnan().all()
+    before = engine.state_dict()["head.weight"]
+    with zerod.GatheredParameters([head, nn.Parameter(torch.zeros(1))]):
+        assert torch.equal(head, before)
+    assert head.isnan().all()
+    with zerod.GatheredParameters(head, modifier_rank=0):
+        with torch.no_grad():
+            head.clamp_(-0.01, 0.01)
+    assert torch.equal(engine.state_dict()["head.weight"], before.clamp(-0.01, 0.01))
+    with pytest.raises(KeyError), zerod.GatheredParameters(head, modifier_rank=0):
+        head.data.zero_()
+        raise KeyError
+    assert torch.equal(engine.state_dict()["head.weight"], before.clamp(-0.01, 0.01))
+    engine(zoo.batch(0, 0))
+    with zerod.GatheredParameters([]), zerod.GatheredParameters([], modifier_rank=0):
+        pass
+
+
+def test_load_state_dict(fake):
+    engine = start(zoo.CASES["tied_head"](0, 1)[0], fake)
+    state = {k: torch.randn_like(v) for k, v in engine.state_dict().items()}
+    state["head.weight"] = state["tokens.weight"]
+    engine.load_state_dict(state)
+    got = engine.state_dict()
+    assert same(got, state)
+    assert got["head.weight"].data_ptr() == got["tokens.weight"].data_ptr()
+    with pytest.raises(ValueError, match="missing .*head.weight"):
+        engine.load_state_dict({k: v for k, v in state.items() if k != "head.weight"})
+    missing = engine.load_state_dict({}, strict=False).missing_keys
+    assert "head.weight" in missing
+    with pytest.raises(ValueError, match="size mismatch for tokens.weight"):
+        engine.load_state_dict(state | {"tokens.weight": torch.zeros(1)})
+
+
+class Squares(torch.utils.data.Dataset):
+    def __len__(self):
+        return 23
+
+    def __getitem__(self, i):
+        return torch.full((zoo.WIDTH,), i / 23)
+
+
+def make_resumable(fake):
+    import zerod
+
+    torch.manual_seed(5)
+    model = nn.Sequential(
+        nn.Linear(zoo.WIDTH, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    return zerod.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5),
+        training_data=Squares(),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 2,
+            "zerod": {"job": "resume"},
+        },
+        seed=3,
+    )
+
+
+def run_resumable(parts, until):
+    engine, _, loader, _ = parts
+    losses = []
+    while engine.global_steps < until:
+        for batch in loader:
+            loss = engine(batch).square().mean()
+            engine.backward(loss)
+            losses.append(loss.item())
+            engine.client_state["seen"] = engine.client_state.get("seen", 0) + len(batch)
+            engine.step()
+            if engine.global_steps == until:
+                break
+    return losses
+
+
+def test_resume_is_bit_equal(fake):
+    whole = make_resumable(fake)
+    expected = run_resumable(whole, 9)
+    weights = whole[0].state_dict()
+    whole[0].destroy()
+    losses = []
+    for until in (1, 4, 9):
+        parts = make_resumable(fake)
+        assert parts[0].resumed_step == len(losses) // 2
+        losses += run_resumable(parts, until)
+        parts[0].client.close()
+    assert losses == expected
+    assert same(parts[0].state_dict(), weights)
+    assert parts[0].client_state == {"seen": 36}
+    parts[0].destroy()
+
+
+def test_client_state_is_bounded(fake):
+    engine = start(zoo.Stack(), fake, zerod={"client_state_bytes_max": 20000})
+    engine.backward(engine(zoo.batch(0, 0)).sum())
+    engine.client_state["big"] = b"x" * 30000
+    with pytest.raises(ValueError, match="client_state_bytes_max"):
+        engine.step()
+
+
+def test_accumulation_and_clipping(fake):
+    engine = start(
+        zoo.Stack(), fake, gradient_accumulation_steps=3, gradient_clipping=0.5
+    )
+    plain = zoo.Stack()
+    plain.load_state_dict(engine.state_dict())
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    for step in range(6):
+        engine.backward(engine(zoo.batch(0, step)).square().mean())
+        engine.step()
+        (plain(zoo.batch(0, step)).square().mean() / 3).backward()
+        if step % 3 == 2:
+            norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert engine.get_global_grad_norm() == pytest.approx(norm.item(), rel=1e-5)
+    assert engine.global_steps == 2
+    for name, value in engine.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_bf16(fake):
+    engine = start(zoo.Stack(), fake, bf16={"enabled": True})
+    engine.backward(engine(zoo.batch(0, 0).bfloat16()).float().square().mean())
+    engine.step()
+    assert engine.state_dict()["head.weight"].dtype == torch.bfloat16
+    assert engine.state_dict(master=True)["head.weight"].dtype == torch.float32
+
+
+def test_refused_models(fake):
+    import zerod
+
+    def refused(model, match, **config):
+        with pytest.raises(zerod.ModelError, match=match):
+            start(model, fake, **config)
+
+    refused(nn.Embedding(4, 4, sparse=True), "sparse")
+    refused(nn.Linear(2, 2).double(), "float64")
+    refused(nn.Linear(2, 2).bfloat16(), "bf16.enabled")
+    refused(nn.LazyLinear(2), "lazy")
+    refused(nn.ReLU(), "no parameters")
+    model = nn.Linear(2, 2)
+    for optimizer in (
+        torch.optim.SGD(model.parameters(), lr=1),
+        torch.optim.AdamW(model.parameters(), amsgrad=True),
+        torch.optim.AdamW(nn.Linear(2, 2).parameters()),
+    ):
+        with pytest.raises(zerod.ModelError):
+            zerod.initialize(
+                model=model, optimizer=optimizer, config={"train_micro_batch_size_per_gpu": 1}
+            )
+
+
+def test_groups_and_schedules(fake):
+    import zerod
+
+    model = zoo.Stack()
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() == 1]
+    given = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=1e-2
+    )
+    engine, optimizer, _, _ = zerod.initialize(
+        model=model, optimizer=given, config={"train_micro_batch_size_per_gpu": 1}
+    )
+    assert optimizer.param_groups[0] is given.param_groups[0]
+    plain = zoo.Stack()
+    plain.load_state_dict(engine.state_dict())
+    theirs = torch.optim.AdamW(
+        [
+            {"params": [p for p in plain.parameters() if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in plain.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=1e-2,
+    )
+    for step in range(3):
+        for group in given.param_groups + theirs.param_groups:
+            group["lr"] = 0.01 * (step + 1)
+        engine.backward(engine(zoo.batch(0, step)).sum())
+        engine.step()
+        plain(zoo.batch(0, step)).sum().backward()
+        theirs.step()
+        theirs.zero_grad()
+    for name, value in engine.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match="engine.step"):
+        optimizer.step()
+
+
+def test_warmup_has_deepspeeds_values():
+    import zerod
+
+    optimizer = zerod.AdamW([nn.Parameter(torch.zeros(1))])
+    log = zerod.WarmupLR(optimizer, 0, 1, 4, "log")
+    linear = zerod.WarmupLR(optimizer, 0, 1, 4, "linear")
+    assert [log.lr_at(i) for i in range(-1, 5)] == pytest.approx([0, 0, 0.5, 0.792481, 1, 1], 1e-5)
+    assert [linear.lr_at(i) for i in range(-1, 5)] == [0, 0, 0.25, 0.5, 0.75, 1]
+
+
+def test_loader_deals_like_distributed_sampler():
+    import zerod
+
+    data = list(range(50))
+    for rank in range(3):
+        sampler = torch.utils.data.DistributedSampler(
+            data, num_replicas=3, rank=rank, seed=9, drop_last=True
+        )
+        loader = zerod.Loader(data, 4, rank=rank, world=3, seed=9)
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            expected = list(torch.utils.data.DataLoader(data, 4, sampler=sampler, drop_last=True))
+            got = list(loader)
+            assert len(got) == len(expected) == len(loader)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
+def test_launch_environment():
+    from zerod.launch import Launch
+
+    assert Launch.from_environment({}) == Launch()
+    torchrun = {
+        "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "1", "TORCHELASTIC_RESTART_COUNT": "2",
+    }
+    launch = Launch.from_environment(torchrun)
+    assert (launch.node_rank, launch.nodes, launch.attempt) == (1, 2, 2)
+    for change in ({"LOCAL_WORLD_SIZE": "3"}, {"GROUP_RANK": "0"}, {"RANK": "x"}):
+        with pytest.raises(ValueError):
+            Launch.from_environment(torchrun | change)
+    with pytest.raises(ValueError, match="torchrun"):
+        Launch.from_environment({"RANK": "0"})
