@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "daemon/engine/apply.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/cpu/kernels.h"
+
+namespace zerod::engine {
+namespace {
+
+using core::Range;
+
+// The gradient of a parameter that nobody touched but that is to be updated all the same.
+constexpr uint64_t kZeroElements = 16 * 1024;
+const float kZeros[kZeroElements] = {};
+
+struct ParameterUpdate {
+  const ShardStore* store;
+  core::UnitIndex unit;
+  kernels::AdamWScalars scalars;
+  const absl::InlinedVector<Source, 4>* sources;
+
+  // `p` and `copy` are of the first element of `range`.
+  void Run(Range range, float* p, kernels::bfloat16* copy) const {
+    const uint64_t step = sources->empty() ? kZeroElements : range.size();
+    for (uint64_t begin = range.begin; begin < range.end; begin += step) {
+      const uint64_t done = begin - range.begin;
+      const uint64_t n = std::min(step, range.end - begin);
+      absl::InlinedVector<const float*, 8> gradients;
+      for (const Source& source : *sources) gradients.push_back(source.At(begin));
+      if (gradients.empty()) gradients.push_back(kZeros);
+      kernels::AdamW(scalars, gradients.data(), gradients.size(), p + done,
+                     store->moment(0, unit, begin), store->moment(1, unit, begin),
+                     copy == nullptr ? nullptr : copy + done, n);
+    }
+  }
+};
+
+}  // namespace
+
+absl::Status CheckApply(const ApplyTask& task) {
+  const core::Layout& layout = *task.context->layout;
+  const core::Decision& decision = task.plan->decision;
+  const size_t parameters = layout.parameters().size();
+  if (decision.touched.size() != parameters || task.plan->parameter_steps.size() != parameters) {
+    return absl::InternalError(
+        absl::StrCat("the commit of step ", task.plan->step, " speaks of ",
+                     decision.touched.size(), " parameters, the layout has ", parameters));
+  }
+  for (uint32_t index : layout.units()[task.unit].parameters) {
+    const core::Parameter& p = layout.parameters()[index];
+    if (p.trainable && decision.touched[index] && p.group >= decision.hyper.groups.size()) {
+      return absl::InternalError(absl::StrCat(
+          "the commit of step ", task.plan->step, " has ", decision.hyper.groups.size(),
+          " parameter groups, parameter '", p.name, "' is in group ", p.group));
+    }
+  }
+  return absl::OkStatus();
+}
+
+void Apply(const ApplyTask& task, Range range) {
+  const MoveContext& c = *task.context;
+  const ShardStore& store = *c.store;
+  const core::Decision& decision = task.plan->decision;
+  const core::Unit& unit = c.layout->units()[task.unit];
+  const bool fp32 = c.layout->dtype() == core::DType::kFloat32;
+  // Below stage 3 the window's copy of what is updated here is the one to send from; else it is
+  // written here only where nobody else will (core::Job::ValidAfterApply).
+  const bool to_window = c.plan->window.resident[task.unit] && (store.full() || c.stage < 3);
+  ForEachParameter(*c.layout, task.unit, range, [&](size_t i, Range part) {
+    const uint32_t index = unit.parameters[i];
+    if (!decision.touched[index]) return;
+    const core::Group& group = decision.hyper.groups[c.layout->parameters()[index].group];
+    const ParameterUpdate update{
+        &store, task.unit,
+        kernels::MakeAdamWScalars(group.lr, group.beta1, group.beta2, group.eps,
+                                  group.weight_decay, task.plan->parameter_steps[index],
+                                  decision.grad_scale),
+        &task.sources->of[i]};
+    if (c.plan->master_in_window) {
+      task.copy.ForEach(part, [&](std::byte* data, Range piece) {
+        update.Run(piece, reinterpret_cast<float*>(data), nullptr);
+      });
+    } else if (to_window && !fp32) {
+      task.copy.ForEach(part, [&](std::byte* data, Range piece) {
+        update.Run(piece, store.master(task.unit, piece.begin),
+                   reinterpret_cast<kernels::bfloat16*>(data));
+      });
+    } else {
+      float* const master = store.master(task.unit, part.begin);
+      update.Run(part, master,
+                 store.has_copies() ? store.copy(task.unit, part.begin) : nullptr);
+      if (to_window) task.copy.Store(part, master);
+    }
+  });
+}
+
+void Accumulate(const AccumulateTask& task, Range range) {
+  const MoveContext& c = *task.context;
+  ForEachParameter(*c.layout, task.unit, range, [&](size_t i, Range part) {
+    if (!task.touched[i]) return;
+    float* const out = c.store->accumulator(task.unit, part.begin);
+    if (task.add[i]) {
+      kernels::Accumulate(task.gradient + part.begin, out, part.size());
+    } else {
+      memcpy(out, task.gradient + part.begin, part.size() * sizeof(float));
+    }
+  });
+}
+
+}  // namespace zerod::engine

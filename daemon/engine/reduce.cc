@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// REDUCE_SCATTER: each member sends each owner its node's sum of the owner's slice; the owner adds
+// the nodes in rank order, in fp32. At stage 0 the owners then give everyone the reduced slices.
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "absl/container/inlined_vector.h"
+#include "daemon/engine/movements.h"
+#include "kernels/cpu/kernels.h"
+
+namespace zerod::engine {
+namespace {
+
+using core::MemberIndex;
+using core::Range;
+
+constexpr uint64_t kScratchElements = 16 * 1024;  // stays in the first cache levels
+
+class Reduce : public Movement {
+ public:
+  Reduce(const MoveContext* context, const core::StartReduce& action,
+         std::shared_ptr<const Sources> sources)
+      : c_(*context),
+        unit_(action.unit),
+        add_(action.round > 1),
+        sources_(std::move(sources)) {}
+
+  size_t pieces() const override {
+    if (c_.members() == 1) return 0;
+    size_t most = 0;
+    for (MemberIndex m = 0; m < c_.members(); ++m) most = std::max(most, c_.Cuts(Slice(m)));
+    return most;
+  }
+
+  size_t PrepareParts(size_t /*piece*/) const override { return c_.members() - 1; }
+  void Prepare(size_t piece, size_t part, std::byte* staging) override {
+    MemberIndex m = static_cast<MemberIndex>(part);
+    if (m >= c_.self) ++m;
+    const Range slice = c_.Cut(Slice(m), piece);
+    if (!slice.empty()) SumRange(*c_.layout, *sources_, slice, c_.SendArea(staging, m));
+  }
+
+  void Exchange(size_t piece, std::byte* staging, Transfers* sends,
+                Transfers* receives) override {
+    const Range own = c_.Cut(Slice(c_.self), piece);
+    for (MemberIndex m = 0; m < c_.members(); ++m) {
+      if (m == c_.self) continue;
+      const Range theirs = c_.Cut(Slice(m), piece);
+      if (!theirs.empty()) {
+        sends->push_back({m, c_.SendArea(staging, m), theirs.size() * sizeof(float)});
+      }
+      if (!own.empty()) {
+        receives->push_back({m, c_.ReceiveArea(staging, m), own.size() * sizeof(float)});
+      }
+    }
+  }
+
+  size_t FinishParts(size_t piece) const override {
+    return PartsOf(c_.Cut(Slice(c_.self), piece).size());
+  }
+  void Finish(size_t piece, size_t part, std::byte* staging) override {
+    const Range own = c_.Cut(Slice(c_.self), piece);
+    const Range range = PartOf(own, part);
+    std::vector<float> scratch(2 * kScratchElements);
+    float* const node_sum = scratch.data();
+    float* const sum = node_sum + kScratchElements;
+    for (uint64_t begin = range.begin; begin < range.end; begin += kScratchElements) {
+      const Range now{begin, std::min(begin + kScratchElements, range.end)};
+      SumRange(*c_.layout, *sources_, now, node_sum);
+      absl::InlinedVector<const float*, 8> nodes;
+      for (MemberIndex m = 0; m < c_.members(); ++m) {
+        nodes.push_back(m == c_.self ? node_sum
+                                     : c_.ReceiveArea(staging, m) + (begin - own.begin));
+      }
+      float* const out = c_.store->gradient(unit_, begin);
+      kernels::Sum(nodes.data(), nodes.size(), add_ ? sum : out, now.size());
+      if (add_) kernels::Accumulate(sum, out, now.size());
+    }
+  }
+
+  void SecondExchange(size_t piece, Transfers* sends, Transfers* receives) override {
+    if (c_.stage != 0) return;
+    const Range own = c_.Cut(Slice(c_.self), piece);
+    for (MemberIndex m = 0; m < c_.members(); ++m) {
+      if (m == c_.self) continue;
+      const Range theirs = c_.Cut(Slice(m), piece);
+      if (!own.empty()) sends->push_back({m, Gradient(own), own.size() * sizeof(float)});
+      if (!theirs.empty()) {
+        receives->push_back({m, Gradient(theirs), theirs.size() * sizeof(float)});
+      }
+    }
+  }
+
+ private:
+  Range Slice(MemberIndex m) const { return c_.partition->TrainableShard(unit_, m); }
+  float* Gradient(Range range) const { return c_.store->gradient(unit_, range.begin); }
+
+  const MoveContext& c_;
+  const core::UnitIndex unit_;
+  const bool add_;
+  const std::shared_ptr<const Sources> sources_;
+};
+
+}  // namespace
+
+std::shared_ptr<Movement> MakeReduce(const MoveContext* context, const core::StartReduce& action,
+                                     std::shared_ptr<const Sources> sources) {
+  return std::make_shared<Reduce>(context, action, std::move(sources));
+}
+
+}  // namespace zerod::engine

@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What clients say: copies of ring entries, checked, then told to core. Whatever no well-behaved
+// client library would say ends the attachment of the client that said it, and nothing else.
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/status.h"
+#include "daemon/engine/clock.h"
+#include "daemon/engine/job_runner_impl.h"
+
+namespace zerod::engine {
+namespace {
+
+using core::SlotIndex;
+using core::UnitIndex;
+using shm::Op;
+
+constexpr uint64_t kTouchedAlign = 64;  // of the touched bytes in a staged gradient
+
+bool NeedsCookie(Op op) { return op != Op::kRelease && op != Op::kScatter; }
+bool NamesUnit(Op op) {
+  return op == Op::kGather || op == Op::kRelease || op == Op::kScatter || op == Op::kReclaim ||
+         op == Op::kPut || op == Op::kRead;
+}
+
+absl::StatusOr<core::HyperParameters> ReadHyperParameters(const shm::StepRecord& record) {
+  if (record.groups > shm::kGroupsMax) {
+    return absl::InvalidArgumentError(absl::StrCat("STEP with ", record.groups,
+                                                   " parameter groups, at most ",
+                                                   shm::kGroupsMax, " are possible"));
+  }
+  core::HyperParameters hyper;
+  hyper.max_norm = record.max_norm;
+  hyper.loss_scale = record.loss_scale;
+  hyper.want_norm = record.want_norm != 0;
+  bool sane = std::isfinite(record.max_norm) && std::isfinite(record.loss_scale) &&
+              record.loss_scale > 0;
+  for (uint32_t i = 0; i < record.groups; ++i) {
+    const shm::GroupRecord& g = record.group[i];
+    hyper.groups.push_back({g.lr, g.beta1, g.beta2, g.eps, g.weight_decay});
+    sane = sane && std::isfinite(g.lr) && g.beta1 >= 0 && g.beta1 < 1 && g.beta2 >= 0 &&
+           g.beta2 < 1 && std::isfinite(g.eps) && g.eps >= 0 && std::isfinite(g.weight_decay);
+  }
+  if (!sane) {
+    return absl::InvalidArgumentError(
+        "STEP with hyper-parameters that AdamW cannot use: lr, eps, weight_decay, loss_scale and "
+        "the clipping norm must be finite, betas in [0, 1), loss_scale above 0");
+  }
+  return hyper;
+}
+
+}  // namespace
+
+bool JobRunnerImpl::Serve(SlotIndex slot, int limit) {
+  const std::shared_ptr<ClientSlot> client = slots_[slot].client;
+  if (client == nullptr) return false;
+  for (int i = 0; i < limit; ++i) {
+    if (client->state != ClientSlot::State::kAttached) return false;
+    shm::SubmitEntry entry;
+    const absl::StatusOr<bool> got = client->ring().Pop(&entry);
+    if (got.ok() && !*got) return false;
+    const absl::Status status = got.ok() ? Handle(client.get(), entry) : got.status();
+    if (!status.ok()) Reject(client.get(), status);
+    RunActions();
+  }
+  return true;
+}
+
+void JobRunnerImpl::Reject(ClientSlot* client, const absl::Status& why) {
+  if (client->state != ClientSlot::State::kAttached) return;
+  const std::string text = absl::StrCat("rank ", client->rank, " (process ", client->pid,
+                                        ") broke the rules of its ring: ", why.message());
+  client->ring().Fail(why.code(), text);
+  client->state = ClientSlot::State::kFailed;  // its process lives, and so do its holds
+  StopServing(client);
+  job_->OnClientGone(client->slot, text);
+}
+
+absl::Status JobRunnerImpl::Remember(ClientSlot* client, const shm::SubmitEntry& entry) {
+  if (entry.cookie == 0) {
+    if (!NeedsCookie(entry.op)) return absl::OkStatus();
+    return absl::InvalidArgumentError(absl::StrCat("request ", static_cast<int>(entry.op),
+                                                   " without a cookie"));
+  }
+  if (entry.op == Op::kRelease) return absl::OkStatus();  // nothing will be answered
+  if (client->pending.size() >= shm::kRingEntries) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("more than ", shm::kRingEntries, " requests in flight"));
+  }
+  PendingRequest request;
+  request.op = entry.op;
+  request.since = MonotonicNow();
+  request.unit = entry.unit;
+  request.count = entry.arg1;
+  request.staging_offset = entry.arg0;
+  if (!client->pending.emplace(entry.cookie, std::move(request)).second) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the cookie ", entry.cookie, " names two requests in flight"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status JobRunnerImpl::CheckRange(const shm::SubmitEntry& entry) const {
+  const uint64_t elements = request_.layout->units()[entry.unit].elements;
+  if (entry.arg0 > elements || entry.arg1 > elements - entry.arg0 || entry.arg1 == 0 ||
+      entry.arg1 > plan_.transfer_values_bytes / sizeof(float)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "elements [", entry.arg0, ", +", entry.arg1, ") of unit ", entry.unit, ", which has ",
+        elements, "; one transfer has 1 to ", plan_.transfer_values_bytes / sizeof(float)));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status JobRunnerImpl::Handle(ClientSlot* client, const shm::SubmitEntry& entry) {
+  if (NamesUnit(entry.op) && entry.unit >= request_.layout->units().size()) {
+    return absl::InvalidArgumentError(absl::StrCat("there is no unit ", entry.unit,
+                                                   ", the layout has ",
+                                                   request_.layout->units().size()));
+  }
+  RETURN_IF_ERROR(Remember(client, entry));
+  if (entry.step != 0) slots_[client->slot].step = entry.step;
+  const SlotIndex slot = client->slot;
+  switch (entry.op) {
+    case Op::kGather:
+      job_->OnGather(slot, entry.cookie, entry.unit, entry.step);
+      return absl::OkStatus();
+    case Op::kRelease:
+      job_->OnRelease(slot, entry.unit);
+      return absl::OkStatus();
+    case Op::kScatter:
+      return HandleScatter(client, entry);
+    case Op::kReclaim:
+      job_->OnReclaim(slot, entry.cookie, entry.unit, entry.step);
+      return absl::OkStatus();
+    case Op::kStep:
+      return HandleStep(client, entry);
+    case Op::kPut:
+      RETURN_IF_ERROR(CheckRange(entry));
+      job_->OnPut(slot, entry.cookie, entry.unit, entry.arg0, entry.arg1);
+      return absl::OkStatus();
+    case Op::kRead:
+      RETURN_IF_ERROR(CheckRange(entry));
+      if (entry.flags > static_cast<uint16_t>(shm::StateKind::kExpAvgSq)) {
+        return absl::InvalidArgumentError(absl::StrCat("there is no state of kind ", entry.flags));
+      }
+      job_->OnRead(slot, entry.cookie, entry.unit, entry.arg0, entry.arg1,
+                   static_cast<core::StateKind>(entry.flags));
+      return absl::OkStatus();
+    case Op::kScalar:
+      return HandleScalar(client, entry);
+    case Op::kDetach:
+      job_->OnDetach(slot, entry.cookie);
+      return absl::OkStatus();
+    case Op::kNone:
+      break;
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("there is no request ", static_cast<int>(entry.op)));
+}
+
+// Which of the unit's parameters this scatter carries: from the touched bytes of the submit file,
+// or, under node_sum, from those in front of the staged gradient.
+absl::StatusOr<std::vector<bool>> JobRunnerImpl::ScatteredParameters(
+    const ClientSlot& client, const shm::SubmitEntry& entry) const {
+  const core::Unit& unit = request_.layout->units()[entry.unit];
+  const size_t parameters = unit.parameters.size();
+  std::vector<bool> touched(parameters);
+  std::vector<uint8_t> bytes(parameters);
+  if (plan_.node_sum) {
+    const uint64_t header = (parameters + kTouchedAlign - 1) / kTouchedAlign * kTouchedAlign;
+    const uint64_t needed = header + unit.trainable_elements * sizeof(float);
+    if (entry.cookie == 0 || entry.arg0 % kTouchedAlign != 0 ||
+        needed > plan_.gradient_file_bytes || entry.arg0 > plan_.gradient_file_bytes - needed) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "a gradient of unit ", entry.unit, " staged at byte ", entry.arg0, ": it needs ", needed,
+          " of ", plan_.gradient_file_bytes, " bytes, an offset divisible by ", kTouchedAlign,
+          " and a cookie"));
+    }
+    shm::CopyShared(bytes.data(), client.gradient() + entry.arg0, parameters);
+  } else {
+    for (size_t i = 0; i < parameters; ++i) {
+      shm::CopyShared(&bytes[i], client.touched() + unit.parameters[i], 1);
+    }
+  }
+  for (size_t i = 0; i < parameters; ++i) {
+    touched[i] = bytes[i] != 0 && request_.layout->parameters()[unit.parameters[i]].trainable;
+  }
+  return touched;
+}
+
+absl::Status JobRunnerImpl::HandleScatter(ClientSlot* client, const shm::SubmitEntry& entry) {
+  if ((entry.flags & ~shm::kLast) != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("SCATTER with flags ", entry.flags));
+  }
+  ASSIGN_OR_RETURN(std::vector<bool> touched, ScatteredParameters(*client, entry));
+  const bool last = (entry.flags & shm::kLast) != 0;
+  const core::Unit& unit = request_.layout->units()[entry.unit];
+  // As in core, which answers the others with an error.
+  const bool counts = job_->state() == core::JobState::kRunning &&
+                      entry.step == job_->committed() + 1 &&
+                      std::none_of(client->pending.begin(), client->pending.end(),
+                                   [](const auto& p) { return p.second.op == Op::kStep; });
+  if (counts) {
+    uint64_t elements = 0;
+    for (size_t i = 0; i < touched.size(); ++i) {
+      if (touched[i]) elements += request_.layout->parameters()[unit.parameters[i]].elements;
+    }
+    bytes_scattered_ += elements * sizeof(float);
+    metrics_->Add(metrics::Traffic::kScatteredFromClient, elements * sizeof(float));
+    if (plan_.node_sum || last) {
+      book_->Mark(client->slot, entry.unit, entry.step, last, touched);
+    }
+    if (plan_.node_sum) client->pending.at(entry.cookie).touched = touched;
+  }
+  job_->OnScatter(client->slot, entry.cookie, entry.unit, entry.step, last, entry.arg0, touched);
+  return absl::OkStatus();
+}
+
+absl::Status JobRunnerImpl::HandleStep(ClientSlot* client, const shm::SubmitEntry& entry) {
+  const uint64_t blob_area = plan_.transfer_bytes - plan_.transfer_values_bytes;
+  if (entry.arg0 > std::min<uint64_t>(blob_area, request_.config.zerod.client_state_bytes_max)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "STEP with ", entry.arg0, " bytes of client state; zerod.client_state_bytes_max is ",
+        request_.config.zerod.client_state_bytes_max));
+  }
+  shm::StepRecord record;
+  shm::CopyShared(&record, &client->submit()->step, sizeof(record));
+  ASSIGN_OR_RETURN(core::HyperParameters hyper, ReadHyperParameters(record));
+  const uint32_t length = std::min(client->submit()->trace_len.load(std::memory_order_acquire),
+                                   shm::kTraceMax);
+  std::vector<UnitIndex> trace(length);
+  shm::CopyShared(trace.data(), client->trace(), length * sizeof(UnitIndex));
+  SlotInfo& slot = slots_[client->slot];
+  if (entry.step == job_->committed() + 1) {
+    std::string blob(entry.arg0, '\0');
+    shm::CopyShared(blob.data(), client->transfer() + plan_.transfer_values_bytes, blob.size());
+    slot.pending_blob.emplace(entry.step, std::move(blob));
+    if (!first_step_at_.has_value()) first_step_at_ = MonotonicNow();
+  }
+  job_->OnStep(client->slot, entry.cookie, entry.step, hyper, trace);
+  return absl::OkStatus();
+}
+
+absl::Status JobRunnerImpl::HandleScalar(ClientSlot* client, const shm::SubmitEntry& entry) {
+  if (entry.arg0 > shm::kScalarsMax ||
+      entry.flags > static_cast<uint16_t>(shm::ScalarOp::kMax)) {
+    return absl::InvalidArgumentError(absl::StrCat("SCALAR of ", entry.arg0, " values, operation ",
+                                                   entry.flags, "; at most ", shm::kScalarsMax,
+                                                   " values"));
+  }
+  core::ScalarValues values;
+  values.op = static_cast<core::ScalarOp>(entry.flags);
+  values.values.resize(entry.arg0);
+  shm::CopyShared(values.values.data(), &client->submit()->scalar, entry.arg0 * sizeof(double));
+  job_->OnScalar(client->slot, entry.cookie, values);
+  return absl::OkStatus();
+}
+
+}  // namespace zerod::engine
