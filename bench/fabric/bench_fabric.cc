@@ -24,8 +24,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <mutex>
-#include <new>
 #include <string>
 #include <thread>
 #include <vector>
@@ -192,7 +192,7 @@ int Main(int rounds) {
   void* memory = mmap(nullptr, sizeof(SharedPage), PROT_READ | PROT_WRITE,
                       MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   CHECK(memory != MAP_FAILED);
-  auto* page = new (memory) SharedPage;
+  auto* page = std::construct_at(static_cast<SharedPage*>(memory));
   std::fflush(stdout);
   const pid_t child = fork();  // before any thread
   if (child == 0) {

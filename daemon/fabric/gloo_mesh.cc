@@ -296,7 +296,7 @@ absl::StatusOr<std::unique_ptr<Mesh>> Mesh::Connect(const FabricOptions& options
     auto context = std::make_shared<MeshContext>(std::move(device), options, observer);
     context->setTimeout(absl::ToChronoMilliseconds(options.connect_timeout) +
                         std::chrono::milliseconds(1));
-    std::unique_ptr<Mesh> mesh(new Mesh(std::move(context)));
+    auto mesh = std::make_unique<Mesh>(std::move(context));
     RETURN_IF_ERROR(mesh->ConnectPairs(options, rendezvous, deadline));
     return mesh;
   } catch (const std::exception& e) {

@@ -99,6 +99,7 @@ class Mesh {
   static absl::StatusOr<std::unique_ptr<Mesh>> Connect(const FabricOptions& options,
                                                        Rendezvous* rendezvous,
                                                        MeshObserver* observer);
+  explicit Mesh(std::shared_ptr<MeshContext> context) : context_(std::move(context)) {}
   // Closes softly: what the kernel has taken for a peer still reaches it.
   // REQUIRES: no PolledBuffer of this mesh exists.
   ~Mesh();
@@ -111,7 +112,6 @@ class Mesh {
   void CloseHard();
 
  private:
-  explicit Mesh(std::shared_ptr<MeshContext> context) : context_(std::move(context)) {}
   absl::Status ConnectPairs(const FabricOptions& options, Rendezvous* rendezvous,
                             SteadyTime deadline);
 
