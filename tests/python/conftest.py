@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent.parent / "client" / "python")]
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(HERE), str(ROOT / "client" / "python"), str(ROOT / "examples")]
 
 
 @pytest.fixture(scope="session")

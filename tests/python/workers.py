@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ranks of the tests do; run by rank_main.py in processes of their own."""
+
+import json
+import os
+import time
+
+import torch
+
+import train_gpt
+import zoo
+
+TINY = ["--layers", "3", "--width", "64", "--heads", "2", "--sequence", "32", "--batch", "2",
+        "--evaluation-batches", "2", "--warmup", "4"]
+
+
+def rank_and_world() -> tuple[int, int]:
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def gpt(runs: list[list[str]]) -> list[dict]:
+    """The example, once for each list of arguments, one job after the other."""
+    import zerod
+    from zerod import collectives
+
+    results = []
+    for arguments in runs:
+        results.append(train_gpt.train(train_gpt.parse_arguments(TINY + arguments)))
+        results[-1]["counters"] = counters()
+        collectives.current().destroy()
+    assert zerod.__version__
+    return results
+
+
+def gpt_ddp(runs: list[list[str]]) -> list[dict]:
+    import torch.distributed as dist
+
+    import train_gpt_ddp
+
+    dist.init_process_group("gloo")
+    results = []
+    for arguments in runs:
+        results.append(train_gpt_ddp.train(train_gpt.parse_arguments(TINY + arguments)))
+    dist.destroy_process_group()
+    return results
+
+
+def counters() -> dict[str, float]:
+    from zerod import collectives
+
+    values = collectives.current().client.counters()
+    return {
+        name: getattr(values, name)
+        for name in ("gathers", "gather_hits", "gather_waits", "remaps", "scatter_bytes")
+    }
+
+
+def run_zoo(names: list[str], stages: list[int], steps: int, config: dict) -> dict:
+    """{(name, stage): (losses, weights)} of every case."""
+    import zerod
+
+    rank, world = rank_and_world()
+    results = {}
+    for name in names:
+        for stage in stages:
+            torch.manual_seed(7)
+            if name == "compiled":
+                torch._dynamo.reset()
+            model, train = zoo.CASES[name](rank, world)
+            zero = {"stage": stage, **config.get("zero_optimization", {})} if stage == 3 else {
+                "stage": stage
+            }
+            settings = {
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_clipping": 1.0,
+                "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+                **config,
+                "zero_optimization": zero,
+                "zerod": {**config.get("zerod", {}), "job": f"zoo-{name}-{stage}"},
+            }
+            try:
+                engine, *_ = zerod.initialize(model=model, config=settings)
+                torch.manual_seed(8 + rank)
+                losses = []
+                for step in range(steps):
+                    losses.append(train(engine, step))
+                    engine.step()
+                results[name, stage] = (losses, engine.state_dict())
+                engine.destroy()
+            except BaseException:
+                print(f"in the case {name} at stage {stage}", flush=True)
+                raise
+    return results
+
+
+def resident_flags(config: dict) -> list[tuple[str, bool]]:
+    import zerod
+
+    engine, *_ = zerod.initialize(model=zoo.Stack(), config=config)
+    return [(unit.name, unit.resident) for unit in engine.client.units]
+
+
+def train_and_report(steps: int, progress: str, config: dict, dropout: bool = True) -> dict:
+    """Trains a small model; a line of JSON for each step, of every rank; resumes by itself."""
+    import zerod
+
+    rank, world = rank_and_world()
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(
+        zoo.Block(), torch.nn.Dropout(0.2 if dropout else 0.0), zoo.Block(),
+        torch.nn.BatchNorm1d(zoo.WIDTH), zoo.Block(),
+    )
+    torch.manual_seed(100 + rank)
+    engine, _, loader, _ = zerod.initialize(model=model, training_data=Rows(), config=config)
+    losses = engine.client_state.setdefault("losses", [])
+    while engine.global_steps < steps:
+        for batch in loader:
+            loss = engine(batch).square().mean()
+            engine.backward(loss)
+            losses.append(loss.item())
+            engine.step()
+            with open(f"{progress}.{rank}", "a", encoding="utf-8") as file:
+                line = {"step": engine.global_steps, "time": time.time(), "pid": os.getpid()}
+                file.write(json.dumps(line) + "\n")
+            if engine.global_steps == steps:
+                break
+    buffers = {name: b.clone() for name, b in engine.module.named_buffers()}
+    return {"losses": losses, "state": engine.state_dict(), "buffers": buffers,
+            "resumed": engine.resumed_step}
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.randn(zoo.WIDTH, generator=torch.Generator().manual_seed(index))
+
+
+def attach_one(model: str, config: dict, world: int | None = None) -> str:
+    """The error of an attach, or 'attached'."""
+    import zerod
+
+    if world is not None:
+        os.environ["WORLD_SIZE"] = str(world)
+    torch.manual_seed(1)
+    try:
+        engine, *_ = zerod.initialize(model=zoo.CASES[model](0, 1)[0], config=config)
+    except zerod.ZerodError as error:
+        return f"{error.code}: {error}"
+    engine.backward(engine(zoo.batch(0, 0)).square().mean())
+    engine.step()
+    return "attached"
+
+
+def write_outside(config: dict) -> None:
+    """A user's in-place write: the memory is read-only."""
+    import zerod
+
+    engine, *_ = zerod.initialize(model=zoo.Stack(), config=config)
+    with torch.no_grad():
+        engine.module.head.weight.zero_()
+    raise AssertionError("the write went through")
+
+
+def read_released(config: dict) -> None:
+    """A read of a parameter that is not gathered."""
+    import zerod
+
+    engine, *_ = zerod.initialize(model=zoo.Stack(), config=config)
+    print(engine.module.layers[0].inner.weight.sum())
+    raise AssertionError("the read went through")
+
+
+def many_jobs(count: int, first: int, config: dict) -> None:
+    """Jobs that end in every way a living process can end them."""
+    import zerod
+    from zerod import at_exit
+
+    for i in range(first, first + count):
+        settings = config | {"zerod": {**config["zerod"], "job": f"many-{i}"}}
+        engine, *_ = zerod.initialize(model=zoo.Stack(), config=settings)
+        loss = engine(zoo.batch(0, i)).square().mean()
+        if i % 3:
+            engine.backward(loss)
+        if i % 3 == 2:
+            engine.step()
+        if i % 2:
+            engine.destroy()
+        else:
+            engine.client.close()
+            at_exit.forget(engine)
+
+
+def run_script(source: str) -> None:
+    exec(compile(source, "script", "exec"), {"__name__": "__main__"})
