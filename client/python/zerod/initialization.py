@@ -120,6 +120,7 @@ def _adopt(
     # A job that died before its first step may have got a part only: then again.
     weights.adopt(write_initial=fresh and launch.rank == 0)
     client.barrier()
+    weights.open_resident()
     if fresh and launch.world > 1:
         _share_buffers(model, client, launch)
     loader = None

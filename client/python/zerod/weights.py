@@ -48,6 +48,15 @@ class Weights:
             managed.parameter.data = self.client.parameter_tensor(managed.index)
 
 
+    def open_resident(self) -> None:
+        """Once the initial values are there: units that stay gathered become readable. After that
+        every STEP keeps them so."""
+        for unit, view in enumerate(self.client.units):
+            if view.resident:
+                self.client.gather(unit)
+                self.client.release(unit)
+
+
 class StateDictHooks:
     """Makes module.state_dict() give plain copies, and keeps module.load_state_dict() from writing
     into memory that is not the module's."""
