@@ -9,7 +9,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "absl/time/clock.h"
 #include "base/check.h"
 #include "base/status.h"
 #include "nlohmann/json.hpp"
@@ -19,7 +18,6 @@
 namespace zerod::server {
 namespace {
 
-constexpr size_t kEndedJobsMax = 16;
 constexpr size_t kDifferencesMax = 5;
 
 void CompareConfigs(const Config& there, const Config& here, std::vector<std::string>* out) {
@@ -292,11 +290,6 @@ std::vector<JobInfo> JobTable::List() {
   return infos;
 }
 
-std::vector<EndedJob> JobTable::Ended() {
-  std::lock_guard lock(mu_);
-  return {ended_.begin(), ended_.end()};
-}
-
 size_t JobTable::size() {
   std::lock_guard lock(mu_);
   return jobs_.size();
@@ -390,8 +383,6 @@ void JobTable::Reap() {
     }
     lock.lock();
     jobs_.erase(id);
-    ended_.push_back({id, entry->status, absl::Now()});
-    if (ended_.size() > kEndedJobsMax) ended_.pop_front();
     changed_.notify_all();
   }
 }

@@ -6,7 +6,6 @@
 
 #include <condition_variable>
 #include <cstdint>
-#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -52,13 +51,6 @@ struct JobInfo {
   engine::JobSnapshot snapshot;
 };
 
-// A job that is over, for those who ask why.
-struct EndedJob {
-  std::string id;
-  absl::Status status;
-  absl::Time ended;
-};
-
 enum class Admission {
   kOpen,
   kNoNewJobs,  // Admin.Drain: the jobs that are there go on, their clients may come back
@@ -86,7 +78,6 @@ class JobTable {
   absl::StatusOr<std::pair<core::Step, std::string>> ClientState(const Session& session);
 
   std::vector<JobInfo> List();
-  std::vector<EndedJob> Ended();  // the last few
   size_t size();
   // Ends a job and waits until its memory is free. NOT_FOUND; DEADLINE_EXCEEDED.
   absl::Status Delete(const std::string& id, absl::Duration timeout);
@@ -130,7 +121,6 @@ class JobTable {
   std::mutex mu_;  // guards the rest; never held while a runner is called
   std::condition_variable changed_;
   std::map<std::string, std::shared_ptr<Entry>> jobs_;
-  std::deque<EndedJob> ended_;
   Admission admission_ = Admission::kOpen;
   uint64_t next_incarnation_ = 1;
   bool stopping_ = false;

@@ -45,12 +45,6 @@ absl::Status StartLog(const Options& options) {
   return absl::OkStatus();
 }
 
-void Notify(const std::string& state) {
-  if (absl::Status status = NotifySystemd(state); !status.ok()) {
-    spdlog::warn("{}", status.ToString());
-  }
-}
-
 // Signals, the watchdog, the embedded daemon's end: looked at a few times a second.
 class MainLoop {
  public:
@@ -59,7 +53,8 @@ class MainLoop {
 
   // Returns when the daemon shall end and its jobs have ended.
   void Run() {
-    watchdog_ = SystemdWatchdogInterval();
+    // An embedded daemon has its trainer's environment, whose service manager is not told of it.
+    if (!options_.embedded) watchdog_ = SystemdWatchdogInterval();
     Notify(absl::StrCat("READY=1\nSTATUS=serving unix:", options_.socket));
     while (!Finished()) Wait();
     Notify("STOPPING=1\nSTATUS=ending jobs");
@@ -71,6 +66,13 @@ class MainLoop {
   }
 
  private:
+  void Notify(const std::string& state) {
+    if (options_.embedded) return;
+    if (absl::Status status = NotifySystemd(state); !status.ok()) {
+      spdlog::warn("{}", status.ToString());
+    }
+  }
+
   void Wait() {
     pollfd waiting{signals_, POLLIN, 0};
     const absl::Duration tick =
@@ -154,7 +156,7 @@ int Main(int argc, char** argv) {
     const std::string why =
         server.ok() ? std::string("cannot wait for signals") : std::string(server.status().message());
     spdlog::critical("{}", why);
-    std::fprintf(stderr, "zerod: %s\n", why.c_str());
+    if (!line->options.log_file.empty()) std::fprintf(stderr, "zerod: %s\n", why.c_str());
     return 1;
   }
   MainLoop(line->options, server->get(), signals.get()).Run();

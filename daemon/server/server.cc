@@ -53,7 +53,7 @@ class ServerImpl final : public Server {
   bool EndJobs(absl::Duration timeout) override;
   void RemoveSockets() override;
   size_t jobs() const override { return jobs_->size(); }
-  size_t clients() const override { return sessions_.size(); }
+  size_t clients() const override { return sessions_.size() + acceptor_->connections(); }
 
  private:
   absl::Status StartGrpc(ListeningSocket listener);

@@ -27,7 +27,7 @@ class Server {
   virtual void RemoveSockets() = 0;
 
   virtual size_t jobs() const = 0;
-  virtual size_t clients() const = 0;  // processes on the fd socket
+  virtual size_t clients() const = 0;  // connections to either socket
 };
 
 }  // namespace zerod::server

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// zerodctl: looks at a daemon of this node, and tells it what to do.
+#include <poll.h>
+#include <signal.h>
+#include <sys/signalfd.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <iterator>
+#include <string>
+#include <utility>
+
+#include "CLI/App.hpp"
+#include "CLI/Config.hpp"
+#include "CLI/Formatter.hpp"
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
+#include "base/config.h"
+#include "client/ctl/rpc.h"
+#include "client/ctl/tables.h"
+
+namespace zerod::ctl {
+namespace {
+
+struct Arguments {
+  std::string address;
+  bool json = false;
+  bool once = false;
+  double interval_seconds = 1;
+  std::string job;
+  std::string file;
+  uint32_t world = 1;
+  bool offline = false;
+};
+
+std::string DefaultAddress() {
+  const char* const address = std::getenv("ZEROD_ADDRESS");
+  return address != nullptr && address[0] != 0 ? address : "unix:/run/zerod/zerod.sock";
+}
+
+absl::Status Status(Daemon* daemon, const Arguments& arguments) {
+  auto status = daemon->Status();
+  if (!status.ok()) return status.status();
+  std::fputs((arguments.json ? ToJson(*status) : StatusText(*status)).c_str(), stdout);
+  return absl::OkStatus();
+}
+
+absl::Status Jobs(Daemon* daemon, const Arguments& arguments) {
+  auto jobs = daemon->ListJobs();
+  if (!jobs.ok()) return jobs.status();
+  std::fputs((arguments.json ? ToJson(*jobs) : JobsText(*jobs)).c_str(), stdout);
+  return absl::OkStatus();
+}
+
+absl::Status Top(Daemon* daemon, const Arguments& arguments) {
+  sigset_t set;
+  sigemptyset(&set);
+  sigaddset(&set, SIGINT);
+  sigaddset(&set, SIGTERM);
+  sigprocmask(SIG_BLOCK, &set, nullptr);
+  const int signals = signalfd(-1, &set, SFD_CLOEXEC);
+  if (signals < 0) return absl::UnavailableError("cannot wait for signals");
+  const bool clear = isatty(STDOUT_FILENO) != 0 && !arguments.once;
+  v1::ListJobsResponse before;
+  absl::Time before_at = absl::Now();
+  for (;;) {
+    auto status = daemon->Status();
+    if (!status.ok()) return status.status();
+    auto jobs = daemon->ListJobs();
+    if (!jobs.ok()) return jobs.status();
+    const absl::Time now = absl::Now();
+    const std::string text =
+        arguments.json ? ToJson(*jobs)
+                       : TopText(*status, before, *jobs, absl::ToDoubleSeconds(now - before_at));
+    std::fputs(absl::StrCat(clear ? "\033[H\033[2J" : "", text).c_str(), stdout);
+    std::fflush(stdout);
+    if (arguments.once) break;
+    before = *std::move(jobs);
+    before_at = now;
+    pollfd waiting{signals, POLLIN, 0};
+    if (poll(&waiting, 1, static_cast<int>(arguments.interval_seconds * 1000)) > 0) break;
+  }
+  close(signals);
+  return absl::OkStatus();
+}
+
+absl::Status CheckConfig(Daemon* daemon, const Arguments& arguments) {
+  std::ifstream in(arguments.file);
+  if (!in.good()) return absl::NotFoundError(absl::StrCat("cannot read ", arguments.file));
+  const std::string text((std::istreambuf_iterator<char>(in)), {});
+  if (arguments.offline) {
+    const absl::StatusOr<Config> config = Config::Parse(text, arguments.world);
+    if (!config.ok()) return config.status();
+    std::printf("%s\n", config->ToJson().c_str());
+    return absl::OkStatus();
+  }
+  const absl::StatusOr<std::string> resolved = daemon->CheckConfig(text, arguments.world);
+  if (!resolved.ok()) return resolved.status();
+  std::printf("%s\n", resolved->c_str());
+  return absl::OkStatus();
+}
+
+int Main(int argc, char** argv) {
+  CLI::App app("zerodctl: looks at a zerod of this node, and tells it what to do.", "zerodctl");
+  Arguments arguments;
+  arguments.address = DefaultAddress();
+  app.add_option("--address", arguments.address,
+                 "unix:/path/zerod.sock [$ZEROD_ADDRESS, else unix:/run/zerod/zerod.sock]");
+  app.add_flag("--json", arguments.json, "Print JSON: the fields of proto/zerod/v1/admin.proto");
+  app.set_version_flag("--version", "zerodctl " ZEROD_VERSION);
+  app.require_subcommand(1);
+  app.fallthrough();
+  CLI::App* const status = app.add_subcommand("status", "The daemon");
+  CLI::App* const jobs = app.add_subcommand("jobs", "Its jobs, and what becomes of them");
+  CLI::App* const remove = jobs->add_subcommand("delete", "End a job and free its state");
+  remove->add_option("job", arguments.job, "The job's id")->required();
+  CLI::App* const top = app.add_subcommand("top", "Jobs, again and again until Ctrl-C");
+  top->add_flag("--once", arguments.once, "Print one screen");
+  top->add_option("--interval-seconds", arguments.interval_seconds, "Time between screens [1]")
+      ->check(CLI::Range(0.1, 3600.0));
+  CLI::App* const drain = app.add_subcommand("drain", "Refuse new jobs, end with the last one");
+  CLI::App* const check = app.add_subcommand("check-config", "What a configuration comes to");
+  check->add_option("file", arguments.file, "JSON in DeepSpeed's shape")->required();
+  check->add_option("--world", arguments.world, "The number of ranks")->required();
+  check->add_flag("--offline", arguments.offline, "By this program's version, without a daemon");
+  CLI11_PARSE(app, argc, argv);
+
+  const std::unique_ptr<Daemon> daemon = Daemon::Connect(arguments.address);
+  absl::Status result;
+  if (status->parsed()) result = Status(daemon.get(), arguments);
+  if (remove->parsed()) {
+    result = daemon->DeleteJob(arguments.job);
+  } else if (jobs->parsed()) {
+    result = Jobs(daemon.get(), arguments);
+  }
+  if (top->parsed()) result = Top(daemon.get(), arguments);
+  if (drain->parsed()) result = daemon->Drain();
+  if (check->parsed()) result = CheckConfig(daemon.get(), arguments);
+  if (result.ok()) return 0;
+  std::fprintf(stderr, "zerodctl: %s\n", std::string(result.message()).c_str());
+  return 1;
+}
+
+}  // namespace
+}  // namespace zerod::ctl
+
+int main(int argc, char** argv) { return zerod::ctl::Main(argc, argv); }
