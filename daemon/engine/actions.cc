@@ -363,11 +363,7 @@ void JobRunnerImpl::Do(core::ComputeNorm& action) {
   ComputeSquares(step, missing, [this, step, needed = action.needed] {
     core::NormPart part;
     part.touched = book_->Touched(step);
-    if (needed) {
-      part.block_squares = book_->Squares(step, &part.nonfinite);
-    } else {
-      part.block_squares.assign(book_->blocks(), 0.0);
-    }
+    if (needed) part.block_squares = book_->Squares(step, &part.nonfinite);
     job_->OnNormDone(step, std::move(part));
   });
 }

@@ -71,12 +71,9 @@ GradientBook::GradientBook(std::shared_ptr<const core::Layout> layout,
   for (UnitIndex u = 0; u < units.size(); ++u) {
     units_[u].touched.resize(units[u].parameters.size());
     units_[u].accumulated.resize(units[u].parameters.size());
-    const Range shard = partition->Shard(u, self);
-    const Range trainable = partition->TrainableShard(u, self);
+    const Range shard = partition->TrainableShard(u, self);
     for (uint64_t begin = shard.begin; begin < shard.end; begin += block, ++index) {
-      const Range elements =
-          core::Intersect({begin, std::min(begin + block, shard.end)}, trainable);
-      if (!elements.empty()) blocks_[u].push_back({index, elements});
+      blocks_[u].push_back({index, {begin, std::min(begin + block, shard.end)}});
     }
   }
   squares_.assign(index, 0);

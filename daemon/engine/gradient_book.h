@@ -96,7 +96,7 @@ class GradientBook {
   // Per parameter of the layout: some client of this node had a gradient in `step`.
   std::vector<bool> Touched(core::Step step) const;
 
-  // --- Square norms of the blocks of this member's shards.
+  // --- Square norms of the blocks of this member's trainable shards.
   // One piece of work: one block of a unit that it owns.
   struct Block {
     size_t index = 0;  // in layout order
@@ -111,7 +111,6 @@ class GradientBook {
   uint8_t* nonfinite(size_t block) { return &nonfinite_[block]; }
   // The squares of the units reduced in `step`, zero for the others.
   std::vector<double> Squares(core::Step step, bool* nonfinite) const;
-  size_t blocks() const { return squares_.size(); }
 
   // Forgets everything of the step under way.
   void Drop();

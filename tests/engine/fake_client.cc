@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tests/engine/fake_client.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "base/check.h"
+#include "base/status.h"
+#include "kernels/cpu/kernels.h"
+
+namespace zerod::engine::testing {
+
+FakeClient::FakeClient(const Attachment& attachment, const core::Layout* layout,
+                       const core::JobPlan* plan)
+    : layout_(layout),
+      plan_(*plan),
+      slot_(attachment.slot),
+      step_(attachment.committed_step + 1) {
+  for (uint32_t i = 0; i < shm::kClientFiles; ++i) {
+    struct stat file {};
+    CHECK_EQ(fstat(attachment.fds[i], &file), 0);
+    const bool writes = i == 0 || i == 2 || i == 3;
+    void* map = mmap(nullptr, file.st_size, writes ? PROT_READ | PROT_WRITE : PROT_READ,
+                     MAP_SHARED, attachment.fds[i], 0);
+    CHECK(map != MAP_FAILED) << "file " << i;
+    map_.push_back(static_cast<std::byte*>(map));
+    map_bytes_.push_back(file.st_size);
+  }
+  doorbell_ = fcntl(attachment.fds[shm::kClientFiles], F_DUPFD_CLOEXEC, 0);
+  CHECK(doorbell_ >= 0);
+  const uint32_t units = static_cast<uint32_t>(layout_->units().size());
+  const auto sections =
+      shm::SubmitLayout(units, static_cast<uint32_t>(layout_->parameters().size()));
+  const auto table = shm::UnitsLayout(units, layout_->chunks());
+  CHECK(shm::CheckPages(submit(), complete()).ok());
+  ring_ = std::make_unique<shm::SubmitRing>(submit(), complete(), doorbell_);
+  holds_ = std::make_unique<shm::HoldWords>(
+      reinterpret_cast<std::atomic<uint32_t>*>(map_[0] + sections.hold),
+      reinterpret_cast<const std::atomic<uint64_t>*>(map_[4] + table.word), units);
+  touched_ = reinterpret_cast<uint8_t*>(map_[0] + sections.touched);
+  chunks_ = reinterpret_cast<const uint32_t*>(map_[4] + table.chunk);
+  staged_.resize(layout_->parameters().size());
+  staged_sum_.resize(units);
+}
+
+FakeClient::~FakeClient() {
+  for (size_t i = 0; i < map_.size(); ++i) munmap(map_[i], map_bytes_[i]);
+  close(doorbell_);
+}
+
+shm::SubmitEntry FakeClient::Entry(shm::Op op, core::UnitIndex u) {
+  shm::SubmitEntry entry{};
+  entry.op = op;
+  entry.unit = u;
+  entry.step = step_;
+  entry.cookie = next_cookie_++;
+  return entry;
+}
+
+absl::StatusOr<shm::CompleteEntry> FakeClient::Request(shm::SubmitEntry entry) {
+  RETURN_IF_ERROR(ring_->Push(entry));
+  shm::CompleteEntry complete{};
+  if (entry.cookie == 0) return complete;
+  const absl::Time deadline = absl::Now() + absl::Minutes(1);
+  while (absl::Now() < deadline) {
+    if (ring_->Pop(&complete)) {
+      CHECK_EQ(complete.cookie, entry.cookie);
+      if (complete.code == 0) return complete;
+      return absl::Status(static_cast<absl::StatusCode>(complete.code), ring_->Text(complete));
+    }
+    RETURN_IF_ERROR(ring_->Failure());
+    ring_->Sleep(absl::Milliseconds(100));
+  }
+  return absl::DeadlineExceededError(
+      absl::StrCat("no answer to request ", static_cast<int>(entry.op), " of unit ", entry.unit));
+}
+
+void FakeClient::RingDoorbell() {
+  const uint64_t one = 1;
+  CHECK_EQ(write(doorbell_, &one, sizeof(one)), static_cast<ssize_t>(sizeof(one)));
+}
+
+absl::Status FakeClient::WaitForFailure() {
+  const absl::Time deadline = absl::Now() + absl::Minutes(1);
+  while (ring_->Failure().ok() && absl::Now() < deadline) ring_->Sleep(absl::Milliseconds(100));
+  return ring_->Failure();
+}
+
+absl::Status FakeClient::Gather(core::UnitIndex u) {
+  const uint32_t version = static_cast<uint32_t>(step_ - 1);
+  if (holds_->Claim(u, version)) return absl::OkStatus();
+  holds_->Intend(u, version);
+  absl::Status status = Request(Entry(shm::Op::kGather, u)).status();
+  if (!status.ok()) holds_->Unclaim(u);
+  return status;
+}
+
+void FakeClient::Release(core::UnitIndex u) { holds_->Unclaim(u); }
+
+std::vector<float> FakeClient::Values(core::UnitIndex u) const {
+  const shm::UnitWord word = holds_->Word(u);
+  CHECK(word.state == shm::CopyState::kValid && word.version == step_ - 1)
+      << "unit " << u << " is held but not valid";
+  const core::Unit& unit = layout_->units()[u];
+  const uint64_t bytes = layout_->UnitBytes(u);
+  std::vector<std::byte> raw(bytes);
+  for (uint64_t i = 0; i < unit.chunks; ++i) {
+    const uint64_t begin = i * shm::kChunkBytes;
+    if (begin >= bytes) break;
+    const uint32_t chunk = __atomic_load_n(&chunks_[unit.first_chunk + i], __ATOMIC_RELAXED);
+    memcpy(raw.data() + begin, map_[5] + uint64_t{chunk} * shm::kChunkBytes,
+           std::min(shm::kChunkBytes, bytes - begin));
+  }
+  std::vector<float> values(unit.elements);
+  if (layout_->dtype() == core::DType::kFloat32) {
+    memcpy(values.data(), raw.data(), bytes);
+  } else {
+    kernels::CastFromBf16(reinterpret_cast<const uint16_t*>(raw.data()), values.data(),
+                          values.size());
+  }
+  return values;
+}
+
+void FakeClient::Land(uint32_t parameter, const std::vector<float>& gradient) {
+  const core::Parameter& p = layout_->parameters()[parameter];
+  CHECK_EQ(gradient.size(), p.elements);
+  float* out;
+  bool add;
+  if (plan_.node_sum) {
+    std::vector<float>& sum = staged_sum_[p.unit];
+    sum.resize(layout_->units()[p.unit].trainable_elements);
+    out = sum.data() + p.offset;
+    add = staged_[parameter];
+    staged_[parameter] = true;
+  } else {
+    out = reinterpret_cast<float*>(map_[2] + plan_.gradient_offsets[p.unit]) + p.offset;
+    add = touched_[parameter] != 0;
+    touched_[parameter] = 1;
+  }
+  for (uint64_t i = 0; i < p.elements; ++i) out[i] = add ? out[i] + gradient[i] : gradient[i];
+}
+
+absl::Status FakeClient::Scatter(core::UnitIndex u, bool last) {
+  shm::SubmitEntry entry = Entry(shm::Op::kScatter, u);
+  entry.flags = last ? shm::kLast : 0;
+  if (!plan_.node_sum) return last ? Request(entry).status() : absl::OkStatus();
+  const core::Unit& unit = layout_->units()[u];
+  const uint64_t header = (unit.parameters.size() + 63) / 64 * 64;
+  staged_sum_[u].resize(unit.trainable_elements);
+  memcpy(map_[2] + header, staged_sum_[u].data(), unit.trainable_elements * sizeof(float));
+  for (size_t i = 0; i < unit.parameters.size(); ++i) {
+    map_[2][i] = staged_[unit.parameters[i]] ? std::byte{1} : std::byte{0};
+    staged_[unit.parameters[i]] = false;
+  }
+  return Request(entry).status();
+}
+
+absl::Status FakeClient::Reclaim(core::UnitIndex u) {
+  ASSIGN_OR_RETURN(shm::CompleteEntry complete, Request(Entry(shm::Op::kReclaim, u)));
+  if (complete.result == 1) {
+    for (uint32_t p : layout_->units()[u].parameters) touched_[p] = 0;
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<StepAnswer> FakeClient::Step(const StepOptions& options) {
+  shm::StepRecord record{};
+  record.max_norm = options.hyper.max_norm;
+  record.loss_scale = options.hyper.loss_scale;
+  record.want_norm = options.hyper.want_norm ? 1 : 0;
+  record.groups = static_cast<uint32_t>(options.hyper.groups.size());
+  for (size_t i = 0; i < options.hyper.groups.size(); ++i) {
+    const core::Group& g = options.hyper.groups[i];
+    record.group[i] = {g.lr, g.beta1, g.beta2, g.eps, g.weight_decay, {}};
+  }
+  submit()->step = record;
+  memcpy(map_[3] + plan_.transfer_values_bytes, options.blob.data(), options.blob.size());
+  shm::SubmitEntry entry = Entry(shm::Op::kStep, 0);
+  entry.arg0 = options.blob.size();
+  RETURN_IF_ERROR(Request(entry).status());
+  ++step_;
+  std::fill_n(touched_, layout_->parameters().size(), uint8_t{0});
+  return StepAnswer{complete()->grad_norm, complete()->skipped != 0};
+}
+
+absl::Status FakeClient::Put(core::UnitIndex u, uint64_t begin, const std::vector<float>& values) {
+  memcpy(map_[3], values.data(), values.size() * sizeof(float));
+  shm::SubmitEntry entry = Entry(shm::Op::kPut, u);
+  entry.arg0 = begin;
+  entry.arg1 = values.size();
+  return Request(entry).status();
+}
+
+absl::StatusOr<std::vector<float>> FakeClient::Read(core::UnitIndex u, uint64_t begin,
+                                                    uint64_t count, shm::StateKind kind) {
+  shm::SubmitEntry entry = Entry(shm::Op::kRead, u);
+  entry.arg0 = begin;
+  entry.arg1 = count;
+  entry.flags = static_cast<uint16_t>(kind);
+  RETURN_IF_ERROR(Request(entry).status());
+  std::vector<float> values(count);
+  memcpy(values.data(), map_[3], count * sizeof(float));
+  return values;
+}
+
+absl::StatusOr<std::vector<double>> FakeClient::AllReduce(const std::vector<double>& values,
+                                                          shm::ScalarOp op) {
+  std::copy(values.begin(), values.end(), submit()->scalar.value);
+  shm::SubmitEntry entry = Entry(shm::Op::kScalar, 0);
+  entry.arg0 = values.size();
+  entry.flags = static_cast<uint16_t>(op);
+  RETURN_IF_ERROR(Request(entry).status());
+  return std::vector<double>(complete()->scalar.value, complete()->scalar.value + values.size());
+}
+
+absl::Status FakeClient::Detach() { return Request(Entry(shm::Op::kDetach, 0)).status(); }
+
+}  // namespace zerod::engine::testing

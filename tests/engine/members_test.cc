@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Several members over Gloo: all stages have the same bits, and those of plain loops.
+#include <thread>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "gmock/gmock.h"
+#include "tests/engine/cluster.h"
+#include "tests/engine/reference.h"
+
+namespace zerod::engine::testing {
+namespace {
+
+using core::UnitIndex;
+
+constexpr char kSmallWindow[] =
+    "\"stage3_param_persistence_threshold\": 2000, \"stage3_max_live_parameters\": 70000, "
+    "\"stage3_prefetch_bucket_size\": 20000";
+
+struct Case {
+  std::string name;
+  uint32_t stage;
+  bool bf16;
+  uint32_t members;
+  uint32_t local_world;
+  bool node_sum;
+  uint32_t micro_steps;
+  std::string zero_keys;
+};
+
+class Members : public ::testing::TestWithParam<Case> {};
+
+TEST_P(Members, TrainAsPlainLoopsDo) {
+  const Case& c = GetParam();
+  ClusterOptions options;
+  options.members = c.members;
+  options.local_world = c.local_world;
+  options.config = ConfigText(
+      c.stage, c.bf16, c.zero_keys,
+      absl::StrCat("\"gradient_plan\": \"", c.node_sum ? "node_sum" : "per_rank", "\""));
+  options.model =
+      SmallModel(c.bf16 ? core::DType::kBFloat16 : core::DType::kFloat32, 4, 130);
+  Cluster cluster(options);
+  Workload workload = DefaultWorkload();
+  workload.micro_steps = c.micro_steps;
+  workload.hyper.max_norm = 0.5;
+  constexpr uint64_t kSteps = 3;
+  Reference reference(&cluster.layout(), c.members, c.local_world, c.node_sum);
+  std::vector<double> expected_norms;
+  for (uint64_t i = 0; i < kSteps; ++i) {
+    reference.Step(workload);
+    expected_norms.push_back(reference.grad_norm());
+  }
+  const JobState expected = StateOf(cluster.layout(), reference);
+  cluster.RunClients([&](uint32_t rank, FakeClient& client) {
+    std::vector<double> norms;
+    Train(cluster.layout(), rank, client, workload, kSteps, /*fresh=*/true, &norms);
+    EXPECT_EQ(norms, expected_norms);
+    // Each member's copies and what each can read of the whole state.
+    EXPECT_TRUE(ReadState(cluster.layout(), client) == expected) << "rank " << rank;
+    for (UnitIndex u = 0; u < cluster.layout().units().size(); ++u) {
+      ASSERT_TRUE(client.Gather(u).ok());
+      EXPECT_EQ(client.Values(u), reference.Seen(u)) << "rank " << rank << " unit " << u;
+      client.Release(u);
+    }
+    EXPECT_TRUE(client.Barrier().ok());
+    EXPECT_TRUE(client.Detach().ok());
+  });
+  for (uint32_t m = 0; m < c.members; ++m) {
+    EXPECT_TRUE(cluster.WaitForEnd(m).ok());
+    EXPECT_GT(cluster.metrics(m).traffic(metrics::Traffic::kSentToMembers), 0u);
+    EXPECT_GT(cluster.metrics(m).observed(metrics::Latency::kReduce), 0u);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Grids, Members,
+    ::testing::Values(Case{"TwoStage0", 0, false, 2, 1, false, 1, ""},
+                      Case{"TwoStage1", 1, false, 2, 1, false, 1, ""},
+                      Case{"TwoStage2", 2, false, 2, 1, false, 1, ""},
+                      Case{"TwoStage3", 3, false, 2, 1, false, 1, kSmallWindow},
+                      Case{"TwoByTwoStage0", 0, false, 2, 2, false, 2, ""},
+                      Case{"TwoByTwoStage1", 1, false, 2, 2, false, 2, ""},
+                      Case{"TwoByTwoStage3", 3, false, 2, 2, false, 2, kSmallWindow},
+                      Case{"TwoByTwoStage3AllFits", 3, false, 2, 2, false, 1, ""},
+                      Case{"TwoByTwoNodeSum", 3, false, 2, 2, true, 2, kSmallWindow},
+                      Case{"TwoByTwoNodeSumStage0", 0, false, 2, 2, true, 2, ""},
+                      Case{"ThreeStage0", 0, false, 3, 1, false, 1, ""},
+                      Case{"ThreeStage2", 2, false, 3, 1, false, 1, ""},
+                      Case{"ThreeStage3", 3, false, 3, 1, false, 1, kSmallWindow},
+                      Case{"Bf16Stage0", 0, true, 2, 1, false, 1, ""},
+                      Case{"Bf16Stage2", 2, true, 2, 1, false, 1, ""},
+                      Case{"Bf16Stage3", 3, true, 2, 1, false, 1, kSmallWindow}),
+    [](const auto& c) { return c.param.name; });
+
+TEST(SeveralMembers, RoundsAddUpAtTheOwners) {
+  for (uint32_t stage : {0u, 3u}) {
+    ClusterOptions options;
+    options.members = 2;
+    options.config = ConfigText(stage, false);
+    options.model = SmallModel(core::DType::kFloat32, 2, 60);
+    Cluster cluster(options);
+    std::vector<JobState> states(2);
+    cluster.RunClients([&](uint32_t rank, FakeClient& client) {
+      Workload workload = DefaultWorkload();
+      workload.skip_some = false;
+      EXPECT_TRUE(client.Barrier().ok());
+      if (rank == 0) PutInitial(cluster.layout(), client);
+      EXPECT_TRUE(client.Barrier().ok());
+      EXPECT_TRUE(Backward(cluster.layout(), rank, client, workload).ok());
+      if (rank == 0) {  // the other rank's part of this round is nothing
+        const core::Parameter& p = cluster.layout().parameters()[0];
+        EXPECT_TRUE(client.Reclaim(p.unit).ok());
+        client.Land(0, std::vector<float>(p.elements, 4.0f));
+        EXPECT_TRUE(client.Scatter(p.unit, true).ok());
+      }
+      EXPECT_TRUE(client.Step({workload.hyper, ""}).ok());
+      // After one step, m = (1 - beta1) * mean gradient.
+      const core::Parameter& p = cluster.layout().parameters()[0];
+      const std::vector<float> initial = InitialValues(cluster.layout(), p.unit);
+      const auto m = client.Read(p.unit, p.offset, p.elements, shm::StateKind::kExpAvg);
+      ASSERT_TRUE(m.ok()) << m.status();
+      const auto first = Gradient(cluster.layout(), 0, initial, 1, 0, 0);
+      const auto second = Gradient(cluster.layout(), 0, initial, 1, 1, 0);
+      for (uint64_t i = 0; i < p.elements; ++i) {
+        EXPECT_NEAR((*m)[i], 0.1 * (first[i] + second[i] + 4.0) / 2, 1e-5);
+      }
+      EXPECT_TRUE(client.Barrier().ok());
+    });
+  }
+}
+
+TEST(SeveralMembers, AMemberThatIsLostEndsTheJobEverywhere) {
+  ClusterOptions options;
+  options.members = 2;
+  options.config = ConfigText(2, false);
+  options.model = SmallModel(core::DType::kFloat32, 2, 30);
+  Cluster cluster(options);
+  cluster.RunClients([&](uint32_t rank, FakeClient& client) {
+    Train(cluster.layout(), rank, client, DefaultWorkload(), 1, /*fresh=*/true);
+    EXPECT_TRUE(client.Barrier().ok());
+    if (rank == 0) {
+      cluster.runner(0).PeerDown(1, absl::UnavailableError("its lease ran out"));
+    }
+    const absl::Status failed = client.WaitForFailure();
+    EXPECT_THAT(std::string(failed.message()), ::testing::HasSubstr("lost the shards of member 1"));
+  });
+  for (uint32_t m = 0; m < 2; ++m) {
+    EXPECT_EQ(cluster.WaitForEnd(m).code(), absl::StatusCode::kFailedPrecondition);
+  }
+}
+
+TEST(SeveralMembers, ADeadClientOnOneNodeAbortsAllAndTrainingResumes) {
+  ClusterOptions options;
+  options.members = 2;
+  options.config = ConfigText(3, false, kSmallWindow);
+  options.model = SmallModel(core::DType::kFloat32, 4, 130);
+  Cluster cluster(options);
+  const Workload workload = DefaultWorkload();
+  Reference reference(&cluster.layout(), 2, 1, false);
+  for (int i = 0; i < 3; ++i) reference.Step(workload);
+  for (int life = 0; life < 2; ++life) {
+    Sleeper processes[2];
+    std::unique_ptr<FakeClient> clients[2];
+    for (uint32_t rank = 0; rank < 2; ++rank) {
+      const absl::Time deadline = absl::Now() + absl::Minutes(1);
+      absl::StatusOr<Attachment> attachment;
+      do {
+        attachment = cluster.Attach(rank, &processes[rank]);
+      } while (!attachment.ok() && absl::Now() < deadline);
+      ASSERT_TRUE(attachment.ok()) << attachment.status();
+      EXPECT_EQ(attachment->committed_step, life == 0 ? 0u : 2u);
+      clients[rank] = cluster.Client(rank, *attachment);
+    }
+    std::vector<std::thread> threads;
+    for (uint32_t rank = 0; rank < 2; ++rank) {
+      threads.emplace_back([&, rank] {
+        Train(cluster.layout(), rank, *clients[rank], workload, life == 0 ? 2 : 1, life == 0);
+        if (life == 1) {
+          EXPECT_TRUE(ReadState(cluster.layout(), *clients[rank]) ==
+                      StateOf(cluster.layout(), reference));
+          EXPECT_TRUE(clients[rank]->Barrier().ok());
+        }
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    if (life == 1) break;
+    processes[1].Kill();
+    EXPECT_EQ(clients[0]->WaitForFailure().code(), absl::StatusCode::kAborted);
+  }
+}
+
+}  // namespace
+}  // namespace zerod::engine::testing

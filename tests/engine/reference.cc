@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tests/engine/reference.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "base/check.h"
+#include "base/status.h"
+#include "kernels/cpu/reference.h"
+
+namespace zerod::engine::testing {
+
+using core::UnitIndex;
+
+bool Touches(const Workload& workload, uint64_t step, uint32_t rank, uint32_t parameter) {
+  if (!workload.skip_some) return true;
+  if (parameter == 3) return step % 2 == 0;        // nobody in odd steps
+  if (parameter == 4) return (rank + step) % 2 == 0;  // some ranks only
+  return true;
+}
+
+std::vector<float> Gradient(const core::Layout& layout, uint32_t parameter,
+                            const std::vector<float>& unit_values, uint64_t step, uint32_t rank,
+                            uint32_t micro) {
+  const core::Parameter& p = layout.parameters()[parameter];
+  std::vector<float> gradient(p.elements);
+  for (uint64_t i = 0; i < p.elements; ++i) {
+    const uint64_t noise = (i * 31 + rank * 7 + step * 13 + micro * 5 + parameter) % 23;
+    gradient[i] = 0.11f * unit_values[p.offset + i] + 0.013f * (static_cast<float>(noise) - 11.0f);
+  }
+  return gradient;
+}
+
+std::vector<float> InitialValues(const core::Layout& layout, UnitIndex u) {
+  std::vector<float> values(layout.units()[u].elements, 0.0f);
+  for (uint32_t index : layout.units()[u].parameters) {
+    const core::Parameter& p = layout.parameters()[index];
+    for (uint64_t i = 0; i < p.elements; ++i) {
+      values[p.offset + i] = 0.37f * static_cast<float>((i * 17 + index * 5) % 19) - 3.1f;
+    }
+  }
+  return values;
+}
+
+Workload DefaultWorkload() {
+  Workload workload;
+  workload.hyper.groups = {{0.01, 0.9, 0.95, 1e-8, 0.1}, {0.02, 0.8, 0.99, 1e-6, 0.0}};
+  return workload;
+}
+
+Reference::Reference(const core::Layout* layout, uint32_t members, uint32_t local_world,
+                     bool node_sum)
+    : layout_(layout), members_(members), local_world_(local_world), node_sum_(node_sum) {
+  for (UnitIndex u = 0; u < layout_->units().size(); ++u) {
+    master_.push_back(InitialValues(*layout_, u));
+    for (auto& moments : moments_) {
+      moments.emplace_back(layout_->units()[u].trainable_elements, 0.0f);
+    }
+  }
+  parameter_steps_.resize(layout_->parameters().size());
+}
+
+std::vector<float> Reference::Seen(UnitIndex u) const {
+  if (layout_->dtype() == core::DType::kFloat32) return master_[u];
+  std::vector<uint16_t> narrow(master_[u].size());
+  std::vector<float> seen(master_[u].size());
+  kernels::reference::CastToBf16(master_[u].data(), narrow.data(), narrow.size());
+  kernels::reference::CastFromBf16(narrow.data(), seen.data(), seen.size());
+  return seen;
+}
+
+bool Reference::SumOf(const Workload& workload, uint32_t parameter, std::vector<float>* sum) const {
+  const core::Parameter& p = layout_->parameters()[parameter];
+  const std::vector<float> seen = Seen(p.unit);
+  const auto add = [](const std::vector<float>& from, bool* first, std::vector<float>* to) {
+    if (*first) *to = from;
+    for (size_t i = 0; !*first && i < from.size(); ++i) (*to)[i] += from[i];
+    *first = false;
+  };
+  bool any = false;
+  bool first_node = true;
+  for (uint32_t member = 0; member < members_; ++member) {
+    std::vector<float> node(p.elements, 0.0f);
+    bool first = true;
+    const auto gradient = [&](uint32_t local, uint32_t micro) {
+      return Gradient(*layout_, parameter, seen, step_, member * local_world_ + local, micro);
+    };
+    const auto touches = [&](uint32_t local) {
+      return Touches(workload, step_, member * local_world_ + local, parameter);
+    };
+    if (node_sum_) {
+      for (uint32_t micro = 0; micro < workload.micro_steps; ++micro) {
+        for (uint32_t local = 0; local < local_world_; ++local) {
+          if (touches(local)) add(gradient(local, micro), &first, &node);
+        }
+      }
+    } else {
+      for (uint32_t local = 0; local < local_world_; ++local) {
+        if (!touches(local)) continue;
+        std::vector<float> own;
+        bool first_micro = true;
+        for (uint32_t micro = 0; micro < workload.micro_steps; ++micro) {
+          add(gradient(local, micro), &first_micro, &own);
+        }
+        add(own, &first, &node);
+      }
+    }
+    any = any || !first;
+    add(node, &first_node, sum);
+  }
+  return any;
+}
+
+void Reference::Step(const Workload& workload) {
+  const core::HyperParameters& hyper = workload.hyper;
+  std::vector<std::vector<float>> sums(layout_->parameters().size());
+  std::vector<bool> touched(sums.size());
+  for (uint32_t i = 0; i < sums.size(); ++i) {
+    if (layout_->parameters()[i].trainable) touched[i] = SumOf(workload, i, &sums[i]);
+  }
+  // The norm: blocks of the layout, in layout order.
+  double squares = 0;
+  for (UnitIndex u = 0; u < layout_->units().size(); ++u) {
+    const core::Unit& unit = layout_->units()[u];
+    std::vector<float> gradient(unit.trainable_elements, 0.0f);
+    for (uint32_t i : unit.parameters) {
+      if (!touched[i]) continue;
+      std::copy(sums[i].begin(), sums[i].end(),
+                gradient.begin() + static_cast<int64_t>(layout_->parameters()[i].offset));
+    }
+    for (uint64_t b = 0; b < gradient.size(); b += layout_->block_elements()) {
+      const float* in = gradient.data() + b;
+      bool nonfinite = false;
+      squares += kernels::reference::SquaredNorm(
+          &in, 1, std::min<uint64_t>(layout_->block_elements(), gradient.size() - b), &nonfinite);
+    }
+  }
+  double scale = 1.0 / (static_cast<double>(members_ * local_world_) * hyper.loss_scale);
+  grad_norm_ = std::sqrt(squares) * scale;
+  if (hyper.max_norm > 0) scale *= std::min(1.0, hyper.max_norm / (grad_norm_ + 1e-6));
+  for (uint32_t i = 0; i < sums.size(); ++i) {
+    if (!touched[i]) continue;
+    const core::Parameter& p = layout_->parameters()[i];
+    const core::Group& g = hyper.groups[p.group];
+    const kernels::AdamWScalars scalars = kernels::MakeAdamWScalars(
+        g.lr, g.beta1, g.beta2, g.eps, g.weight_decay, ++parameter_steps_[i], scale);
+    const float* in = sums[i].data();
+    kernels::reference::AdamW(scalars, &in, 1, master_[p.unit].data() + p.offset,
+                              moments_[0][p.unit].data() + p.offset,
+                              moments_[1][p.unit].data() + p.offset, nullptr, p.elements);
+  }
+  ++step_;
+}
+
+void PutInitial(const core::Layout& layout, FakeClient& client) {
+  for (UnitIndex u = 0; u < layout.units().size(); ++u) {
+    const std::vector<float> values = InitialValues(layout, u);
+    // In odd pieces, as a state dict comes.
+    const size_t piece = values.size() / 3 + 1;
+    for (size_t begin = 0; begin < values.size(); begin += piece) {
+      const size_t end = std::min(begin + piece, values.size());
+      const absl::Status status = client.Put(
+          u, begin, {values.begin() + static_cast<int64_t>(begin),
+                     values.begin() + static_cast<int64_t>(end)});
+      CHECK(status.ok()) << status.ToString();
+    }
+  }
+}
+
+absl::Status Backward(const core::Layout& layout, uint32_t rank, FakeClient& client,
+                      const Workload& workload) {
+  for (uint32_t micro = 0; micro < workload.micro_steps; ++micro) {
+    for (UnitIndex u = 0; u < layout.units().size(); ++u) {
+      RETURN_IF_ERROR(client.Gather(u));
+      const std::vector<float> values = client.Values(u);
+      bool any = false;
+      for (uint32_t p : layout.units()[u].parameters) {
+        if (!layout.parameters()[p].trainable ||
+            !Touches(workload, client.step(), rank, p)) {
+          continue;
+        }
+        client.Land(p, Gradient(layout, p, values, client.step(), rank, micro));
+        any = true;
+      }
+      client.Release(u);
+      if (any) RETURN_IF_ERROR(client.Scatter(u, micro + 1 == workload.micro_steps));
+    }
+  }
+  return absl::OkStatus();
+}
+
+void Train(const core::Layout& layout, uint32_t rank, FakeClient& client, const Workload& workload,
+           uint64_t steps, bool fresh, std::vector<double>* norms) {
+  absl::Status status = client.Barrier();
+  CHECK(status.ok()) << status.ToString();
+  if (fresh && rank == 0) PutInitial(layout, client);
+  status = client.Barrier();
+  CHECK(status.ok()) << status.ToString();
+  for (uint64_t i = 0; i < steps; ++i) {
+    status = Backward(layout, rank, client, workload);
+    CHECK(status.ok()) << "rank " << rank << ": " << status.ToString();
+    const absl::StatusOr<StepAnswer> answer = client.Step({workload.hyper, "rank state"});
+    CHECK(answer.ok()) << "rank " << rank << ": " << answer.status().ToString();
+    CHECK(!answer->skipped);
+    if (norms != nullptr) norms->push_back(answer->grad_norm);
+  }
+}
+
+JobState ReadState(const core::Layout& layout, FakeClient& client) {
+  JobState state;
+  for (int kind = 0; kind < 3; ++kind) {
+    for (UnitIndex u = 0; u < layout.units().size(); ++u) {
+      const core::Unit& unit = layout.units()[u];
+      absl::StatusOr<std::vector<float>> values =
+          client.Read(u, 0, unit.elements, static_cast<shm::StateKind>(kind));
+      CHECK(values.ok()) << values.status().ToString();
+      state.arrays[kind].push_back(*std::move(values));
+    }
+  }
+  return state;
+}
+
+JobState StateOf(const core::Layout& layout, const Reference& reference) {
+  JobState state;
+  for (UnitIndex u = 0; u < layout.units().size(); ++u) {
+    state.arrays[0].push_back(reference.master(u));
+    for (int which = 0; which < 2; ++which) {
+      std::vector<float> moment = reference.moment(which, u);
+      moment.resize(layout.units()[u].elements);
+      state.arrays[1 + which].push_back(std::move(moment));
+    }
+  }
+  return state;
+}
+
+}  // namespace zerod::engine::testing
