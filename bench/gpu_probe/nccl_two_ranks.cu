@@ -251,8 +251,8 @@ int Main(const char* path) {
                 Format("Two ranks on one GPU: %s; abort: %s in %.0f ms, stream empty after %.0f "
                        "ms; new communicator: %s (ranks ended with %d and %d).",
                        shared ? "right" : "NOT right",
-                       page->alone_done ? "returned" : "did NOT end", page->abort_ms, page->stream_ms, again ? "right" : "NOT right", first,
-                       second));
+                       page->alone_done ? "returned" : "did NOT end", page->abort_ms,
+                       page->stream_ms, again ? "right" : "NOT right", first, second));
 }
 
 }  // namespace

@@ -5,9 +5,10 @@
 // RLIMIT_MEMLOCK?
 //
 // What is done: for each kind of memory (MAP_HUGETLB, anonymous 4 KiB pages, a memfd) and twice, as
-// this process is and without CAP_IPC_LOCK under a soft limit of at most half the range: mmap, touch, pin for
-// CUDA, register with io_uring (raw system calls), then one O_DIRECT WRITE_FIXED of what the GPU
-// copied in, read back and compared. VmLck and VmPin of /proc/self/status are read at each step.
+// this process is and without CAP_IPC_LOCK under a soft limit of at most half the range: mmap,
+// touch, pin for CUDA, register with io_uring (raw system calls), then one O_DIRECT WRITE_FIXED of
+// what the GPU copied in, read back and compared. VmLck and VmPin of /proc/self/status are read at
+// each step.
 //
 // Build: ninja gpu_probes, or in the root:
 //        nvcc -std=c++17 -arch=sm_90 -I. bench/gpu_probe/pinned_uring.cu -ldl
