@@ -74,6 +74,10 @@ class YamlConfig : public CLI::Config {
       if (!seen.insert(key).second) {
         Refuse(absl::StrCat("the configuration file has the key \"", key, "\" twice"));
       }
+      if (pair.second.IsSequence() && pair.second.size() == 0) {
+        RefuseUnlessList(key);
+        continue;
+      }
       CLI::ConfigItem item;
       item.name = absl::StrReplaceAll(key, {{"_", "-"}});
       item.inputs = Values(key, pair.second);
@@ -99,6 +103,12 @@ class YamlConfig : public CLI::Config {
                         nearest.empty()
                             ? absl::StrCat("served are: ", absl::StrJoin(served, ", "))
                             : absl::StrCat("did you mean \"", nearest, "\"?")));
+  }
+
+  void RefuseUnlessList(const std::string& key) const {
+    const std::string name = absl::StrCat("--", absl::StrReplaceAll(key, {{"_", "-"}}));
+    if (app_->get_option(name)->get_items_expected_max() > 1) return;
+    Refuse(absl::StrCat("\"", key, "\" is an empty list where a value belongs"));
   }
 
   static std::vector<std::string> Values(const std::string& key, const YAML::Node& node) {
