@@ -203,6 +203,7 @@ void EntryFields(A& a, Ref<A, core::Entry> v) {
   Scalars(a, v.scalar);
   a.Number(v.rank);
   a.String(v.reason);
+  a.Bool(v.norm_needed);
   // Commits alone carry a decision: the others are many.
   if (v.kind == core::EntryKind::kCommit) DecisionFields(a, v.decision);
 }

@@ -44,6 +44,8 @@ std::string ParseConfig(const std::string& json, uint32_t world) {
 }  // namespace zerod::python
 
 NB_MODULE(_zerod, m) {
+  // Engines live until the interpreter ends, and a traceback may keep them beyond: not a leak.
+  nb::set_leak_warnings(false);
   using namespace zerod::python;
   m.attr("__version__") = ZEROD_VERSION;
   DefineErrors(m);

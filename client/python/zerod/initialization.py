@@ -117,6 +117,7 @@ def _adopt(
 ) -> Engine:
     weights = Weights(client, description)
     fresh = client.resumed_step == 0
+    client.barrier()  # all ranks have come
     # A job that died before its first step may have got a part only: then again.
     weights.adopt(write_initial=fresh and launch.rank == 0)
     client.barrier()
