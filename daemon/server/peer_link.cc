@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "daemon/server/peer_link.h"
 
-#include "absl/strings/str_cat.h"
-
 namespace zerod::server {
 
 ServerLink::ServerLink(grpc::CallbackServerContext* context, const Limits& limits, Accept accept)
@@ -55,13 +53,13 @@ void ServerLink::Cancel() {
 void ServerLink::OnReadsEnded() {
   // A half-close after a goodbye, or a connection that broke (OnCancel then says so, too).
   End(absl::OkStatus(), /*drop_queue=*/false);
-  ReportDown(absl::UnavailableError(absl::StrCat("member ", member_, " closed its link")));
+  ReportDown(absl::UnavailableError(
+      "its link closed without a goodbye: its daemon has died, or given the job up"));
 }
 
 void ServerLink::OnCancel() {
   const absl::Status why = absl::UnavailableError(
-      absl::StrCat("the connection to member ", member_, " was lost: its daemon has died, or the "
-                   "network between the nodes has failed"));
+      "the connection was lost: its daemon has died, or the network between the nodes has failed");
   End(why, /*drop_queue=*/false);  // what is being written fails by itself
   ReportDown(why);
 }
@@ -111,12 +109,12 @@ void ClientLink::EndStream(const absl::Status& /*why*/) {
 
 void ClientLink::OnReadsEnded() {
   // OnDone follows with the reason, once the hold is gone.
-  End(absl::UnavailableError("member 0 closed the link"), /*drop_queue=*/false);
+  End(absl::UnavailableError("its link closed without a goodbye"), /*drop_queue=*/false);
 }
 
 void ClientLink::OnDone(const grpc::Status& status) {
   absl::Status why = FromGrpc(status);
-  if (why.ok()) why = absl::UnavailableError("member 0 closed the link");
+  if (why.ok()) why = absl::UnavailableError("its link closed without a goodbye");
   End(why, /*drop_queue=*/true);
   ReportDown(why);
   done_ = true;

@@ -15,7 +15,9 @@ absl::Status Closed() { return absl::UnavailableError("the job is over, and its 
 
 absl::Status AtMemberZero(const grpc::Status& status) {
   const absl::Status said = FromGrpc(status);
-  return absl::Status(said.code(),
+  // The job was there when our Link was accepted: that it is not now means that it is over.
+  return absl::Status(said.code() == absl::StatusCode::kNotFound ? absl::StatusCode::kUnavailable
+                                                                 : said.code(),
                       absl::StrCat("the rendezvous at member 0 failed: ", said.message()));
 }
 

@@ -19,8 +19,6 @@
 #include <iterator>
 #include <thread>
 
-#include "absl/time/time.h"
-
 namespace zerod::server::testing {
 namespace {
 
@@ -76,8 +74,8 @@ shm::UniqueFd Pidfd(pid_t pid) {
 
 }  // namespace
 
-bool Eventually(const std::function<bool()>& condition) {
-  const auto deadline = std::chrono::steady_clock::now() + kPatience;
+bool Eventually(const std::function<bool()>& condition, absl::Duration patience) {
+  const auto deadline = std::chrono::steady_clock::now() + absl::ToChronoNanoseconds(patience);
   while (std::chrono::steady_clock::now() < deadline) {
     if (condition()) return true;
     std::this_thread::sleep_for(std::chrono::milliseconds(10));

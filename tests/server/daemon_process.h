@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/time/time.h"
 #include "proto/shm/fd_passing.h"
 #include "proto/shm/fd_socket.h"
 
@@ -19,8 +20,9 @@ namespace zerod::server::testing {
 
 inline constexpr std::chrono::seconds kPatience{30};
 
-// True as soon as `condition` is, false after kPatience.
-bool Eventually(const std::function<bool()>& condition);
+// True as soon as `condition` is, false after `patience`.
+bool Eventually(const std::function<bool()>& condition,
+                absl::Duration patience = absl::FromChrono(kPatience));
 
 class TemporaryDirectory {
  public:
