@@ -85,6 +85,10 @@ void Job::OnClientGone(SlotIndex slot, const std::string& reason) {
   Slot& s = slots_[slot];
   if (s.state == SlotState::kAttached) {
     s.state = SlotState::kDead;
+    for (ScalarWait& w : scalars_) {  // its successor may join the same generation
+      w.values[slot].reset();
+      std::erase_if(w.waiters, [slot](const Waiter& waiter) { return waiter.slot == slot; });
+    }
     if (state_ == JobState::kForming || state_ == JobState::kRunning) {
       Tell(ClientGone{s.rank, /*left=*/false, reason});
     }

@@ -201,6 +201,8 @@ class Job {
   const JobSpec& spec() const { return spec_; }
   // True where the unit's copy is written by the optimizer itself: one member, or stage 0.
   bool ValidAfterApply(UnitIndex u) const;
+  // The round that the slot's next SCATTER of `unit` belongs to; asked before OnScatter.
+  uint32_t NextRound(SlotIndex slot, UnitIndex unit) const;
   // "rank 3 has not come", for status pages; empty while running.
   std::string WaitingFor() const;
 
@@ -213,7 +215,7 @@ class Job {
     uint64_t step_cookie = 0;
     HyperParameters hyper;
     uint64_t scalars = 0;          // posted in this generation
-    std::vector<uint8_t> marks;    // per unit: rounds marked in this step
+    std::vector<uint8_t> marks;    // per unit: rounds closed in this step, by SCATTER or RECLAIM
     std::vector<uint32_t> passes;  // node_sum, per unit: scatters of the round under way
     size_t cursor = 0;             // where in the forecast it was last seen
   };
@@ -263,6 +265,7 @@ class Job {
   void MaybeReportStep();
   void MaybeReportScalars();
   void AnswerReclaims(UnitIndex unit);
+  void CloseRounds(SlotIndex slot, uint32_t rounds);
   void PumpStaging(UnitIndex unit);
   bool Settled(const Slot& slot, UnitIndex unit, uint32_t round, uint32_t pass) const;
   void SetForecast(const std::vector<UnitIndex>& trace);

@@ -220,6 +220,7 @@ void Job::OnScatter(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step, 
                              touched.size() != units_[unit].touched.size())) {
     status = absl::InvalidArgumentError("too many scatters, or touched bits of another size");
   }
+  if (status.ok()) status = MissingRank();
   if (!status.ok()) return Answer({slot, cookie}, status);
   UnitState& u = units_[unit];
   for (size_t i = 0; i < touched.size(); ++i) {
@@ -282,6 +283,7 @@ void Job::OnAccumulateDone(UnitIndex unit, SlotIndex slot) {
   PumpStaging(unit);
   MaybeReportGradients(unit);
   MaybeReportStep();
+  Advance();  // a new generation waits for the accumulators
   Pump();
 }
 
@@ -313,10 +315,31 @@ void Job::OnReclaim(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step) 
   if (status.ok() && (slots_[slot].stepped || slots_[slot].marks[unit] == 0)) {
     status = absl::FailedPreconditionError("a reclaim of a unit that was not scattered");
   }
+  if (status.ok()) status = MissingRank();
   if (!status.ok()) return Answer({slot, cookie}, status);
   units_[unit].reclaims.push_back({slot, cookie});
+  CloseRounds(slot, slots_[slot].marks[unit]);
   AnswerReclaims(unit);
   Pump();
+}
+
+uint32_t Job::NextRound(SlotIndex slot, UnitIndex unit) const {
+  if (!Attached(slot) || unit >= units_.size()) return 1;
+  return slots_[slot].marks[unit] + 1u;
+}
+
+// The client waits until `rounds` rounds of a unit are reduced, so it adds nothing to those rounds
+// of any other unit: what it scatters later belongs to the next one. Else two ranks that take
+// different paths would wait for each other's mark, each in its own RECLAIM.
+void Job::CloseRounds(SlotIndex slot, uint32_t rounds) {
+  Slot& s = slots_[slot];
+  for (UnitIndex u = 0; u < units_.size(); ++u) {
+    if (s.marks[u] >= rounds) continue;
+    s.marks[u] = static_cast<uint8_t>(rounds);
+    s.passes[u] = 0;
+    if (spec_.node_sum) PumpStaging(u);
+    MaybeReportGradients(u);
+  }
 }
 
 void Job::AnswerReclaims(UnitIndex unit) {
@@ -370,6 +393,10 @@ void Job::OnStep(SlotIndex slot, uint64_t cookie, Step step, const HyperParamete
   s.cursor = 0;
   if (slot == 0 && !trace.empty()) SetForecast(trace);
   for (UnitIndex u = 0; u < units_.size(); ++u) {
+    if (s.passes[u] != 0) {  // scattered, but not marked: STEP is the mark
+      ++s.marks[u];
+      s.passes[u] = 0;
+    }
     if (spec_.node_sum) PumpStaging(u);
     MaybeReportGradients(u);
   }

@@ -37,8 +37,11 @@ bool Job::CanStart(const Entry& e) const {
   const UnitState& u = units_[e.unit];
   switch (e.kind) {
     case EntryKind::kStart:
-    case EntryKind::kScalar:
       return true;
+    case EntryKind::kScalar:
+      // Behind a barrier everyone reads what was PUT before it, resident units without asking.
+      return std::none_of(running_.begin(), running_.end(),
+                          [](const auto& r) { return r.second.kind == EntryKind::kPut; });
     case EntryKind::kAllGather:
       return connected_ && !u.writing && !u.applying && u.applied >= e.step;
     case EntryKind::kRead:
@@ -324,6 +327,15 @@ void Job::StartLeave(const Entry& e) {
   }
   const absl::Status missing = MissingRank();
   for (ScalarWait& w : scalars_) AnswerAll(&w.waiters, missing);
+  // The step under way cannot complete: what waits for another rank's part of it never ends.
+  for (UnitState& u : units_) {
+    AnswerAll(&u.reclaims, missing);
+    const size_t kept = u.accumulating ? 1 : 0;  // answered when it is done
+    for (size_t i = kept; i < u.staged.size(); ++i) {
+      Answer({u.staged[i].slot, u.staged[i].cookie}, missing);
+    }
+    u.staged.resize(kept);
+  }
   for (SlotIndex i = 0; i < slots_.size(); ++i) {
     if (!slots_[i].stepped) continue;
     Answer({i, slots_[i].step_cookie}, missing);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -160,7 +161,15 @@ void Sequencer::MaybeStart(std::vector<Entry>* out) {
 
 void Sequencer::OnGone(const ClientGone& g, std::vector<Entry>* out) {
   if (g.left) {
-    Add(EntryKind::kLeave, out).rank = g.rank;
+    // Not between NORM and COMMIT: that step completes, and its clients must not be told that it
+    // does not.
+    if (norm_appended_) return pending_leaves_.push_back(g.rank);
+    Leave(g.rank, out);
+    return;
+  }
+  if (!running_) {
+    // The generation still forms: it goes on waiting for this rank, as for one that never came.
+    attached_[g.rank] = false;
     return;
   }
   if (norm_appended_) {
@@ -173,12 +182,19 @@ void Sequencer::OnGone(const ClientGone& g, std::vector<Entry>* out) {
   NewGeneration(out);
 }
 
+void Sequencer::Leave(Rank rank, std::vector<Entry>* out) {
+  Add(EntryKind::kLeave, out).rank = rank;
+  some_left_ = true;
+}
+
 void Sequencer::NewGeneration(std::vector<Entry>* out) {
   Entry& e = Add(EntryKind::kGeneration, out);
   e.rank = pending_death_->rank;
   e.reason = pending_death_->reason;
   e.step = committed_;
   pending_death_.reset();
+  pending_leaves_.clear();
+  some_left_ = false;
   ++generation_;
   running_ = false;
   std::fill(attached_.begin(), attached_.end(), false);
@@ -240,6 +256,8 @@ absl::Status Sequencer::OnStep(MemberIndex from, const StepReady& s, std::vector
   }
   m.step = s;
   for (UnitIndex u = 0; u < reduced_round_.size(); ++u) AppendReduces(u, out);
+  // Once a rank has left the others' STEPs are being answered with an error.
+  if (some_left_) return absl::OkStatus();
   for (const MemberState& other : members_) {
     if (!other.step.has_value()) return absl::OkStatus();
   }
@@ -287,7 +305,9 @@ absl::Status Sequencer::OnNorm(MemberIndex from, const NormReady& n, std::vector
   }
   if (n.part.touched.size() != spec_->layout->parameters().size() ||
       n.part.block_squares.size() != blocks) {
-    return BadMessage(from, "NORM's sizes");
+    return BadMessage(from, absl::StrCat("NORM with ", n.part.block_squares.size(), " squares for ",
+                                         blocks, " blocks and ", n.part.touched.size(),
+                                         " touched bits"));
   }
   m.norm = n.part;
   MaybeDecide(out);
@@ -344,10 +364,7 @@ void Sequencer::Commit(Decision decision, std::vector<Entry>* out) {
   e.step = committed_ + 1;
   e.decision = std::move(decision);
   ResetStep();
-  if (kind == Decision::Kind::kRefuse) {
-    if (pending_death_.has_value()) NewGeneration(out);
-    return;
-  }
+  if (kind == Decision::Kind::kRefuse) return AfterCommit(out);
   ++committed_;
   for (UnitIndex u = 0; kind == Decision::Kind::kApply && u < touched_units.size(); ++u) {
     if (!gather_after_commit_[u] || !touched_units[u]) continue;
@@ -356,6 +373,12 @@ void Sequencer::Commit(Decision decision, std::vector<Entry>* out) {
     gather.step = committed_;
     gather.wants = AllMembers(spec_->members);
   }
+  AfterCommit(out);
+}
+
+// Who left or died while the step was being decided.
+void Sequencer::AfterCommit(std::vector<Entry>* out) {
+  for (const Rank rank : std::exchange(pending_leaves_, {})) Leave(rank, out);
   if (pending_death_.has_value()) NewGeneration(out);
 }
 

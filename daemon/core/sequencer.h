@@ -56,6 +56,8 @@ class Sequencer {
   void AppendReduces(UnitIndex unit, std::vector<Entry>* out);
   void MaybeDecide(std::vector<Entry>* out);
   void Commit(Decision decision, std::vector<Entry>* out);
+  void AfterCommit(std::vector<Entry>* out);
+  void Leave(Rank rank, std::vector<Entry>* out);
   void NewGeneration(std::vector<Entry>* out);
   std::string Disagreement() const;
   Entry& Add(EntryKind kind, std::vector<Entry>* out);
@@ -74,7 +76,9 @@ class Sequencer {
   bool norm_appended_ = false;
   bool norm_needed_ = false;
   uint64_t scalars_done_ = 0;
+  bool some_left_ = false;                   // in this generation
   std::optional<ClientGone> pending_death_;  // seen while a step was being decided
+  std::vector<Rank> pending_leaves_;         // likewise
 };
 
 }  // namespace zerod::core

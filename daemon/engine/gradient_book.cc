@@ -80,11 +80,11 @@ GradientBook::GradientBook(std::shared_ptr<const core::Layout> layout,
   nonfinite_.assign(index, 0);
 }
 
-void GradientBook::Mark(SlotIndex slot, UnitIndex unit, Step step, bool last,
+void GradientBook::Mark(SlotIndex slot, UnitIndex unit, Step step, uint32_t round, bool last,
                         const std::vector<bool>& touched) {
   Marks& marks = marks_[slot][unit];
   if (marks.step != step) marks = Marks{step, 0, {}};
-  if (last) ++marks.rounds;
+  if (last) marks.round = round;
   marks.touched = touched;
   UnitState& state = units_[unit];
   if (state.touched_step != step) {
@@ -131,7 +131,8 @@ std::shared_ptr<const Sources> GradientBook::NodeSources(
   for (const auto& client : clients) {
     if (client == nullptr) continue;
     const Marks& marks = marks_[client->slot][unit];
-    if (marks.step != step || marks.rounds == 0 || marks.rounds < round) continue;
+    if (marks.step != step || marks.round == 0) continue;
+    if (round != 0 && marks.round != round) continue;
     by_rank.push_back(client.get());
     sources->keep_alive.push_back(client);
   }

@@ -73,8 +73,9 @@ class GradientBook {
                core::MemberIndex self, uint32_t local_world, const core::JobPlan* plan,
                const ShardStore* store);
 
-  // A client handed over gradients of these parameters of `unit`. `last` marks a round.
-  void Mark(core::SlotIndex slot, core::UnitIndex unit, core::Step step, bool last,
+  // A client handed over gradients of these parameters of `unit`, in `round` as core counts it
+  // (Job::NextRound); `last` marks that round.
+  void Mark(core::SlotIndex slot, core::UnitIndex unit, core::Step step, uint32_t round, bool last,
             const std::vector<bool>& touched);
   // The accumulator is about to take `touched`; returns, per parameter of the unit, whether it has
   // something already (else it must be written, not added to).
@@ -118,7 +119,7 @@ class GradientBook {
  private:
   struct Marks {  // of one client and unit
     core::Step step = 0;
-    uint32_t rounds = 0;
+    uint32_t round = 0;  // the last one marked
     std::vector<bool> touched;  // of the last round marked
   };
   struct UnitState {

@@ -211,7 +211,8 @@ absl::Status JobRunnerImpl::HandleScatter(ClientSlot* client, const shm::SubmitE
     bytes_scattered_ += elements * sizeof(float);
     metrics_->Add(metrics::Traffic::kScatteredFromClient, elements * sizeof(float));
     if (plan_.node_sum || last) {
-      book_->Mark(client->slot, entry.unit, entry.step, last, touched);
+      book_->Mark(client->slot, entry.unit, entry.step,
+                  job_->NextRound(client->slot, entry.unit), last, touched);
     }
     if (plan_.node_sum) client->pending.at(entry.cookie).touched = touched;
   }

@@ -1,0 +1,463 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tests/sim/member.h"
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "tests/sim/process.h"
+#include "tests/sim/world.h"
+
+namespace zerod::sim {
+
+// --- The window ----------------------------------------------------------------------------------
+
+SimWindow::SimWindow(World* world, Member* member)
+    : world_(world), member_(member), copies_(world->scenario().cells.size()),
+      chunk_user_(world->scenario().spec.window.max_chunks, -1),
+      chunks_(world->scenario().spec.window.base_chunks) {}
+
+void SimWindow::CheckUnread(UnitIndex u, const char* what) const {
+  const bool resident = world_->scenario().spec.window.resident[u];
+  for (const auto& p : member_->slots()) {
+    if (p == nullptr || !p->Reads(u, resident)) continue;
+    Violate(absl::StrCat("invariant 2: member ", member_->index(), " ", what, " the copy of unit ",
+                         u, " that rank ", p->rank(), " reads in step ", p->step()));
+  }
+}
+
+void SimWindow::Map(UnitIndex u, const std::vector<uint32_t>& chunks) {
+  Copy& copy = copies_[u];
+  if (copy.state != State::kAbsent) Violate(absl::StrCat("unit ", u, " is mapped twice"));
+  CheckUnread(u, "remaps");
+  if (chunks.size() != world_->scenario().layout().units()[u].chunks) {
+    Violate(absl::StrCat("unit ", u, " gets ", chunks.size(), " chunks"));
+  }
+  for (uint32_t c : chunks) {
+    if (c >= chunks_) Violate(absl::StrCat("chunk ", c, " is outside the window"));
+    const int64_t user = chunk_user_[c];
+    if (user >= 0 && user != u) {
+      Violate(absl::StrCat("chunk ", c, " stands behind the units ", user, " and ", u));
+    }
+    chunk_user_[c] = u;
+  }
+  if (copy.chunks != chunks) ++copy.epoch;
+  copy.chunks = chunks;
+  copy.state = State::kFilling;
+  copy.values.assign(world_->scenario().cells[u].size(), 0);
+}
+
+void SimWindow::Publish(UnitIndex u, core::Step version) {
+  Copy& copy = copies_[u];
+  if (copy.state == State::kAbsent) Violate(absl::StrCat("unit ", u, " is published unmapped"));
+  CheckUnread(u, "publishes");
+  copy.state = State::kValid;
+  copy.version = version;
+}
+
+void SimWindow::Retract(UnitIndex u) {
+  CheckUnread(u, "retracts");
+  if (copies_[u].state == State::kAbsent) Violate(absl::StrCat("unit ", u, " is not mapped"));
+  copies_[u].state = State::kFilling;
+}
+
+bool SimWindow::TryUnmap(UnitIndex u) {
+  Copy& copy = copies_[u];
+  if (copy.state == State::kValid && !Holders(u).empty()) return false;
+  CheckUnread(u, "evicts");
+  copy.state = State::kAbsent;
+  for (uint32_t c : copy.chunks) chunk_user_[c] = -1;
+  return true;
+}
+
+absl::Status SimWindow::Grow(uint64_t chunks) {
+  if (chunks > world_->scenario().spec.window.max_chunks) Violate("the window grows too far");
+  chunks_ = chunks;
+  return absl::OkStatus();
+}
+
+std::vector<SlotIndex> SimWindow::Holders(UnitIndex u) {
+  std::vector<SlotIndex> slots;
+  for (const auto& p : member_->slots()) {
+    if (p != nullptr && !p->reaped() && p->claim(u) == copies_[u].version + 1) {
+      slots.push_back(p->slot());
+    }
+  }
+  return slots;
+}
+
+void SimWindow::Scramble(UnitIndex u) {
+  CheckUnread(u, "rewrites");
+  for (uint64_t& v : copies_[u].values) v = Hash(v, 0xbad);
+}
+
+void SimWindow::Fill(UnitIndex u, const std::vector<uint64_t>& values) {
+  CheckUnread(u, "rewrites");
+  if (copies_[u].state == State::kAbsent) Violate(absl::StrCat("unit ", u, " has no chunks"));
+  copies_[u].values = values;
+}
+
+// --- The engine ----------------------------------------------------------------------------------
+
+Member::Member(World* world, MemberIndex index)
+    : world_(world), s_(world->scenario()), index_(index), partition_(s_.layout(), s_.spec.members),
+      slots_(s_.spec.local_world) {
+  for (const std::vector<Cell>& cells : s_.cells) weights_.emplace_back(cells.size(), 0);
+  accumulated_step_.assign(s_.cells.size(), 0);
+  reduced_step_.assign(s_.cells.size(), 0);
+  marks_.assign(slots_.size(), std::vector<Marks>(s_.cells.size()));
+  for (const core::Unit& unit : s_.layout().units()) {
+    accumulators_.emplace_back(unit.parameters.size());
+    reduced_.emplace_back(unit.parameters.size());
+  }
+}
+
+Member::~Member() = default;
+
+void Member::Begin() {
+  window_ = std::make_unique<SimWindow>(world_, this);
+  job_ = std::make_unique<core::Job>(s_.Spec(index_), window_.get());
+  Drain();
+}
+
+void Member::Drain() {
+  for (core::Action& action : job_->TakeActions()) {
+    if (ended_) Violate(absl::StrCat("member ", index_, " acts after the job's end"));
+    std::visit([this](auto& a) { Do(a); }, action);
+  }
+}
+
+void Member::Later(std::function<void()> what) {
+  world_->After(world_->Delay(s_.work_delay_max), [this, what = std::move(what)] {
+    if (!alive_ || ended_) return;
+    what();
+    Drain();
+  });
+}
+
+void Member::EntryStarts(uint64_t seq) {
+  if (seq <= last_seq_) {
+    Violate(absl::StrCat("invariant 1: member ", index_, " starts entry ", seq, " after ",
+                         last_seq_));
+  }
+  last_seq_ = seq;
+}
+
+void Member::EntryDone(uint64_t seq, bool ok) {
+  job_->OnEntryDone(seq, ok ? absl::OkStatus() : absl::UnavailableError("a peer is gone"));
+  Drain();
+}
+
+void Member::CheckExhausted(const core::Complete& a) const {
+  const std::optional<UnitIndex> unit = slots_[a.slot]->GatherOf(a.cookie);
+  if (!unit.has_value()) Violate("RESOURCE_EXHAUSTED for what is not a gather");
+  const auto& units = s_.layout().units();
+  uint64_t needed = units[*unit].chunks;
+  for (UnitIndex u = 0; u < units.size(); ++u) {
+    const bool held = window_->copy(u).state == SimWindow::State::kValid &&
+                      !window_->Holders(u).empty();
+    if (u != *unit && (s_.spec.window.pinned[u] || held)) needed += units[u].chunks;
+  }
+  if (needed <= s_.spec.window.max_chunks) {
+    Violate(absl::StrCat("a gather of unit ", *unit, " is refused though ", needed,
+                         " chunks would do: ", a.status.ToString()));
+  }
+}
+
+void Member::Do(core::Complete& a) {
+  if (a.slot >= slots_.size() || slots_[a.slot] == nullptr) Violate("an answer to nobody");
+  if (absl::IsResourceExhausted(a.status)) CheckExhausted(a);
+  if (a.step.has_value() && a.status.ok()) {
+    CheckWeights(job_->committed(), true);
+    const Truth::Outcome& outcome = world_->truth().outcome(job_->committed());
+    if (a.step->skipped != outcome.skip) Violate("a client is told wrongly that a step was skipped");
+  }
+  slots_[a.slot]->Deliver(a);
+}
+
+void Member::Do(core::FailSlot& a) {
+  world_->Trace("member ", index_, " fails slot ", a.slot, ": ", a.status.ToString());
+  if (!absl::IsAborted(a.status) && !world_->job_lost()) {
+    Violate(absl::StrCat("the job fails without need: ", a.status.ToString()));
+  }
+  slots_[a.slot]->DeliverFailure(a.status);
+}
+
+void Member::Do(core::Send& a) { world_->Send(index_, a.to, std::move(a.message)); }
+
+void Member::Do(core::Connect&) {
+  world_->StartConnect(index_, [this](bool ok) {
+    if (!alive_ || ended_) return;
+    job_->OnConnected(ok ? absl::OkStatus() : absl::UnavailableError("a peer is gone"));
+    Drain();
+  });
+}
+
+void Member::Do(core::StartAllGather& a) {
+  world_->Trace("member ", index_, " starts ", a.seq, ": gather of unit ", a.unit,
+                a.receive ? ", receives" : "");
+  EntryStarts(a.seq);
+  World::Wire& wire = world_->wire(a.seq);
+  const std::vector<Cell>& cells = s_.cells[a.unit];
+  wire.values.resize(cells.size());
+  std::vector<uint64_t> sent = weights_[a.unit];
+  for (size_t c = 0; c < cells.size(); ++c) {
+    if (cells[c].owner == index_) wire.values[c] = sent[c];
+  }
+  if (a.receive) window_->Scramble(a.unit);
+  world_->StartExchange(a.seq, index_, Hash(1, a.unit, a.wants), [=, this](bool ok) {
+    if (!alive_ || ended_) return;
+    if (weights_[a.unit] != sent) {
+      Violate(absl::StrCat("unit ", a.unit, " is rewritten on member ", index_,
+                           " while it is being sent"));
+    }
+    if (ok && a.receive) window_->Fill(a.unit, world_->wire(a.seq).values);
+    EntryDone(a.seq, ok);
+  });
+}
+
+// What this node's clients have for `round`, as daemon/engine's GradientBook finds it.
+Member::Sums Member::NodeSum(UnitIndex unit, Step step, uint32_t round) const {
+  Sums sums(s_.layout().units()[unit].parameters.size());
+  if (s_.spec.node_sum) return accumulated_step_[unit] == step ? accumulators_[unit] : sums;
+  for (SlotIndex slot = 0; slot < slots_.size(); ++slot) {
+    const Marks& marks = marks_[slot][unit];
+    if (marks.step != step || marks.round == 0) continue;
+    if (round != 0 && marks.round != round) continue;
+    const auto& gradients = slots_[slot]->gradients(unit);
+    for (size_t i = 0; i < sums.size(); ++i) {
+      if (marks.touched[i]) sums[i] = Add(sums[i], gradients.file[i]);
+    }
+  }
+  return sums;
+}
+
+Member::Sums Member::Final(UnitIndex unit, Step step) const {
+  if (s_.spec.members == 1) return NodeSum(unit, step, 0);
+  return reduced_step_[unit] == step ? reduced_[unit] : Sums(reduced_[unit].size());
+}
+
+void Member::Do(core::StartReduce& a) {
+  world_->Trace("member ", index_, " starts ", a.seq, ": reduce of unit ", a.unit, ", round ",
+                a.round);
+  world_->Happens(Moment::kReduce);
+  EntryStarts(a.seq);
+  const Sums mine = NodeSum(a.unit, a.step, a.round);
+  World::Wire& wire = world_->wire(a.seq);
+  wire.node_sums.resize(s_.spec.members);
+  wire.node_sums[index_] = mine;
+  world_->StartExchange(a.seq, index_, Hash(2, a.unit, a.step, a.round), [=, this](bool ok) {
+    if (!alive_ || ended_) return;
+    if (NodeSum(a.unit, a.step, a.round) != mine) {
+      Violate(absl::StrCat("invariant 4: gradients of unit ", a.unit, " change on member ", index_,
+                           " while they are being reduced"));
+    }
+    if (ok && s_.spec.members > 1) {
+      Sums sums(mine.size());
+      for (const Sums& node : world_->wire(a.seq).node_sums) {
+        for (size_t i = 0; i < sums.size(); ++i) sums[i] = Add(sums[i], node[i]);
+      }
+      for (size_t i = 0; i < sums.size(); ++i) {
+        Gradient& into = reduced_[a.unit][i];
+        into = a.round == 1 ? sums[i] : Add(into, sums[i]);
+      }
+      reduced_step_[a.unit] = a.step;
+      for (Gradient& g : accumulators_[a.unit]) g = Gradient{};
+    }
+    EntryDone(a.seq, ok);
+  });
+}
+
+void Member::Do(core::StartAccumulate& a) {
+  world_->Happens(Moment::kAccumulate);
+  const auto process = slots_[a.slot];
+  const Sums staged = process->staged(a.staging_offset);
+  Later([=, this] {
+    if (process->staged(a.staging_offset) != staged) Violate("staging is overwritten in use");
+    Sums& sums = accumulators_[a.unit];
+    for (size_t i = 0; i < sums.size(); ++i) {
+      sums[i] = a.first ? staged[i] : Add(sums[i], staged[i]);
+    }
+    accumulated_step_[a.unit] = job_->committed() + 1;
+    job_->OnAccumulateDone(a.unit, a.slot);
+  });
+}
+
+void Member::Do(core::ComputeNorm& a) {
+  world_->Trace("member ", index_, " computes NORM ", a.step);
+  world_->Happens(Moment::kNorm);
+  Later([=, this] {
+    core::NormPart part;
+    for (UnitIndex u = 0; u < s_.cells.size() && a.needed; ++u) {
+      const core::Range shard = partition_.TrainableShard(u, index_);
+      std::vector<double> squares(s_.layout().Blocks(shard), 0.0);
+      const Sums sums = Final(u, a.step);
+      for (const Cell& cell : s_.cells[u]) {
+        if (cell.owner != index_ || !cell.trainable) continue;
+        const uint64_t block =
+            (cell.elements.begin - shard.begin) / s_.layout().block_elements();
+        squares[block] += Square(sums[cell.place]);
+        part.nonfinite |= sums[cell.place].nonfinite;
+      }
+      part.block_squares.insert(part.block_squares.end(), squares.begin(), squares.end());
+    }
+    job_->OnNormDone(a.step, std::move(part));
+  });
+}
+
+// --- COMMIT and what follows ---------------------------------------------------------------------
+
+void Member::Do(core::CommitBlobs& a) {
+  world_->Trace("member ", index_, " commits step ", a.step);
+  world_->Happens(Moment::kCommit);
+  if (a.step != blobs_ + 1) {
+    Violate(absl::StrCat("invariant 3: member ", index_, " commits step ", a.step, " after ",
+                         blobs_));
+  }
+  blobs_ = a.step;
+  if (a.step != world_->truth().committed() + 1) return;
+  std::vector<std::shared_ptr<Process>> processes;
+  for (MemberIndex m = 0; m < s_.spec.members; ++m) {
+    for (const auto& p : world_->member(m).slots()) processes.push_back(p);
+  }
+  world_->truth().Commit(a.step, processes);
+}
+
+void Member::CheckPlan(const core::ApplyPlan& plan) const {
+  if (plan.step != job_->committed() || plan.step != blobs_) {
+    Violate(absl::StrCat("invariant 3: step ", plan.step, " is applied before its COMMIT"));
+  }
+  const Truth::Outcome& outcome = world_->truth().outcome(plan.step);
+  if (outcome.skip || plan.decision.kind != core::Decision::Kind::kApply) {
+    Violate(absl::StrCat("step ", plan.step, " is applied, and ought to be skipped"));
+  }
+  if (plan.decision.touched != outcome.touched ||
+      plan.parameter_steps != outcome.parameter_steps) {
+    Violate(absl::StrCat("step ", plan.step, ": touched bits or parameters' steps are wrong"));
+  }
+  const bool norm_wanted = s_.max_norm > 0 || s_.spec.skip_nonfinite || plan.step % 2 == 0;
+  const double norm = plan.decision.grad_norm;
+  if (norm_wanted ? !(std::fabs(norm - outcome.grad_norm) <= 1e-9 * outcome.grad_norm)
+                  : !std::isnan(norm)) {
+    Violate(absl::StrCat("step ", plan.step, ": the norm is ", norm, " and ought to be ",
+                         outcome.grad_norm));
+  }
+  double scale = 1.0 / s_.world();
+  if (s_.max_norm > 0 && outcome.grad_norm > s_.max_norm) {
+    scale *= s_.max_norm / (outcome.grad_norm + 1e-6);
+  }
+  if (std::fabs(plan.decision.grad_scale - scale) > 1e-9 * scale ||
+      plan.decision.hyper.groups[0].lr != static_cast<double>(plan.step)) {
+    Violate(absl::StrCat("step ", plan.step, ": another scale or learning rate than asked for"));
+  }
+}
+
+void Member::Do(core::StartApply& a) {
+  world_->Happens(Moment::kApply);
+  CheckPlan(*a.plan);
+  const Sums before = Final(a.unit, a.plan->step);
+  // At stages 1 and 2 in fp32 the window is the master copy.
+  if (s_.spec.window.resident[a.unit]) window_->Scramble(a.unit);
+  Later([=, this] {
+    if (Final(a.unit, a.plan->step) != before) {
+      Violate(absl::StrCat("gradients of unit ", a.unit, " change while they are applied"));
+    }
+    ApplyUnit(a.unit, *a.plan);
+    if (job_->ValidAfterApply(a.unit)) window_->Fill(a.unit, weights_[a.unit]);
+    job_->OnApplyDone(a.unit, a.plan->step);
+  });
+}
+
+void Member::ApplyUnit(UnitIndex unit, const core::ApplyPlan& plan) {
+  const Sums sums = Final(unit, plan.step);
+  for (size_t c = 0; c < s_.cells[unit].size(); ++c) {
+    const Cell& cell = s_.cells[unit][c];
+    if (!s_.Keeps(index_, cell) || !cell.trainable || !plan.decision.touched[cell.parameter]) {
+      continue;
+    }
+    weights_[unit][c] = Apply(weights_[unit][c], sums[cell.place], plan.step,
+                              plan.parameter_steps[cell.parameter]);
+  }
+}
+
+void Member::CheckWeights(Step step, bool resident) const {
+  const Truth::Weights& truth = world_->truth().After(step);
+  for (UnitIndex u = 0; u < s_.cells.size(); ++u) {
+    for (size_t c = 0; c < s_.cells[u].size(); ++c) {
+      if (!s_.Keeps(index_, s_.cells[u][c]) || weights_[u][c] == truth[u][c]) continue;
+      Violate(absl::StrCat("invariants 3, 4, 7: member ", index_, " has other weights of unit ", u,
+                           ", cell ", c, " at step ", step));
+    }
+    if (!resident || !s_.spec.window.resident[u]) continue;
+    const SimWindow::Copy& copy = window_->copy(u);
+    if (copy.state != SimWindow::State::kValid || copy.version != step ||
+        copy.values != truth[u]) {
+      Violate(absl::StrCat("invariant 2: the resident unit ", u, " is not valid on member ",
+                           index_, " after step ", step));
+    }
+  }
+}
+
+void Member::Do(core::StartPut& a) {
+  world_->Happens(Moment::kPut);
+  EntryStarts(a.seq);
+  if (a.origin == index_) world_->wire(a.seq).values = slots_[a.slot]->transfer()[a.unit];
+  if (s_.spec.window.resident[a.unit]) window_->Scramble(a.unit);
+  world_->StartExchange(a.seq, index_, Hash(3, a.unit, a.origin, a.slot, a.begin, a.count),
+                        [=, this](bool ok) {
+    if (!alive_ || ended_) return;
+    const std::vector<uint64_t>& values = world_->wire(a.seq).values;
+    for (size_t c = 0; c < values.size() && ok; ++c) {
+      if (s_.Keeps(index_, s_.cells[a.unit][c])) weights_[a.unit][c] = values[c];
+    }
+    if (ok && s_.spec.window.resident[a.unit]) window_->Fill(a.unit, values);
+    EntryDone(a.seq, ok);
+  });
+}
+
+void Member::Do(core::StartRead& a) {
+  EntryStarts(a.seq);
+  World::Wire& wire = world_->wire(a.seq);
+  const std::vector<Cell>& cells = s_.cells[a.unit];
+  wire.values.resize(cells.size());
+  for (size_t c = 0; c < cells.size(); ++c) {
+    if (cells[c].owner == index_) wire.values[c] = weights_[a.unit][c];
+  }
+  const auto process = a.origin == index_ ? slots_[a.slot] : nullptr;
+  world_->StartExchange(a.seq, index_, Hash(4, a.unit, a.origin, a.slot, a.begin, a.count),
+                        [=, this](bool ok) {
+    if (!alive_ || ended_) return;
+    if (ok && process != nullptr) {
+      process->transfer()[a.unit] = world_->wire(a.seq).values;
+    }
+    EntryDone(a.seq, ok);
+  });
+}
+
+void Member::Mark(SlotIndex slot, UnitIndex unit, Step step, bool last,
+                  const std::vector<bool>& touched) {
+  Marks& marks = marks_[slot][unit];
+  if (marks.step != step) marks = Marks{step, 0, {}};
+  if (last) marks.round = job_->NextRound(slot, unit);
+  marks.touched = touched;
+}
+
+void Member::Do(core::DropGradients&) {
+  for (auto& slot : marks_) {
+    for (Marks& marks : slot) marks = Marks{};
+  }
+  for (Sums& sums : accumulators_) std::fill(sums.begin(), sums.end(), Gradient{});
+  for (Sums& sums : reduced_) std::fill(sums.begin(), sums.end(), Gradient{});
+}
+
+void Member::Do(core::End& a) {
+  world_->Trace("member ", index_, " ends: ", a.status.ToString());
+  ended_ = true;
+  if (!a.status.ok() && !world_->job_lost()) {
+    Violate(absl::StrCat("the job fails without need: ", a.status.ToString()));
+  }
+}
+
+}  // namespace zerod::sim

@@ -1,0 +1,380 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tests/sim/scenario.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+
+namespace zerod::sim {
+namespace {
+
+enum Purpose : uint64_t { kShape = 1, kScript, kScriptOfRank, kPuts, kDisagree };
+
+std::shared_ptr<const core::Layout> RandomLayout(Random* random) {
+  core::ModelDescription model;
+  model.modules.push_back({"", "Model", false});
+  const uint64_t units = random->Between(2, 5);
+  for (uint64_t u = 0; u < units; ++u) {
+    const std::string path = absl::StrCat("u", u);
+    model.modules.push_back({path, absl::StrCat("T", u), false});
+    const uint64_t parameters = random->Between(1, 3);
+    for (uint64_t p = 0; p < parameters; ++p) {
+      core::ParameterDescription d;
+      d.name = absl::StrCat(path, ".p", p);
+      // One block to some chunks.
+      d.shape = {static_cast<int64_t>(random->Percent(60) ? random->Between(1, 2000)
+                                                           : random->Between(9000, 40000))};
+      d.trainable = p == 0 || random->Percent(85);
+      d.modules = {path};
+      model.parameters.push_back(std::move(d));
+    }
+  }
+  auto layout = core::Layout::Build(model, {});
+  CHECK(layout.ok()) << layout.status().ToString();
+  return std::make_shared<const core::Layout>(*std::move(layout));
+}
+
+core::WindowSpec RandomWindow(const core::JobSpec& spec, Random* random) {
+  const core::Layout& layout = *spec.layout;
+  core::WindowSpec window;
+  window.pinned.assign(layout.units().size(), true);
+  window.resident.assign(layout.units().size(), true);
+  window.base_chunks = window.max_chunks = layout.chunks();
+  if (spec.stage < 3) return window;
+  uint64_t pinned = 0;
+  uint64_t largest = 0;
+  for (UnitIndex u = 0; u < layout.units().size(); ++u) {
+    window.resident[u] = random->Percent(20);
+    if (window.resident[u]) pinned += layout.units()[u].chunks;
+    else largest = std::max(largest, layout.units()[u].chunks);
+  }
+  if (random->Percent(25)) {
+    if (spec.members == 1) window.resident.assign(layout.units().size(), true);
+    return window;  // everything fits
+  }
+  window.pinned = window.resident;
+  window.base_chunks = std::min(layout.chunks(), pinned + largest + random->Below(3));
+  // Mostly the window may grow to hold everything; else gathers may be refused.
+  window.max_chunks = random->Percent(75)
+                          ? layout.chunks()
+                          : std::min(layout.chunks(), window.base_chunks + random->Below(4));
+  return window;
+}
+
+void RandomFaults(Scenario* s, Random* random) {
+  const uint64_t kind = random->Below(100);
+  if (kind < 40) return;
+  const bool member = kind >= 85 && s->spec.members > 1;
+  const uint64_t count = member ? 1 : random->Between(1, 3);
+  for (uint64_t i = 0; i < count; ++i) {
+    Fault f;
+    f.member = member;
+    f.moment = random->Percent(40)
+                   ? Moment::kEvent
+                   : static_cast<Moment>(random->Below(static_cast<uint64_t>(Moment::kCount)));
+    f.nth = random->Below(f.moment == Moment::kEvent ? 600 * s->steps : 4 * s->world());
+    f.who = static_cast<uint32_t>(random->Below(member ? s->spec.members : s->world()));
+    f.delay = random->Percent(50) ? 0 : random->Below(40);
+    s->faults.push_back(f);
+  }
+}
+
+void RandomDelays(Scenario* s, Random* random) {
+  const uint64_t scales[] = {1, 3, 20, 150};
+  s->ring_delay_max = scales[random->Below(3)];
+  s->link_delay_max = scales[random->Below(4)];
+  s->work_delay_max = scales[random->Below(4)];
+  s->client_delay_max = scales[random->Below(4)];
+}
+
+}  // namespace
+
+Scenario Scenario::FromSeed(uint64_t seed) {
+  Random random(Hash(seed, kShape));
+  Scenario s;
+  s.seed = seed;
+  core::JobSpec& spec = s.spec;
+  spec.id = "sim";
+  spec.layout = RandomLayout(&random);
+  spec.members = static_cast<uint32_t>(random.Percent(30) ? 1 : random.Between(2, 4));
+  spec.local_world = static_cast<uint32_t>(
+      random.Between(spec.members == 1 ? 1 : 1, spec.members > 2 ? 2 : 3));
+  spec.world = spec.members * spec.local_world;
+  spec.stage = static_cast<uint32_t>(random.Percent(50) ? 3 : random.Below(3));
+  spec.node_sum = random.Percent(50);
+  spec.skip_nonfinite = random.Percent(30);
+  spec.untouched_as_zero = random.Percent(15);
+  spec.prefetch_elements = random.Percent(30) ? 0 : random.Between(1, spec.layout->elements());
+  spec.window = RandomWindow(spec, &random);
+  s.steps = random.Between(1, 3);
+  const core::Partition partition(*spec.layout, spec.members);
+  for (UnitIndex u = 0; u < spec.layout->units().size(); ++u) {
+    std::vector<Cell>& cells = s.cells.emplace_back();
+    const core::Unit& unit = spec.layout->units()[u];
+    for (uint32_t place = 0; place < unit.parameters.size(); ++place) {
+      const core::Parameter& p = spec.layout->parameters()[unit.parameters[place]];
+      for (MemberIndex m = 0; m < spec.members; ++m) {
+        core::Range r =
+            core::Intersect({p.offset, p.offset + p.elements}, partition.Shard(u, m));
+        if (!r.empty()) cells.push_back({unit.parameters[place], place, m, r, p.trainable});
+      }
+    }
+  }
+  RandomDelays(&s, &random);
+  s.divergent = random.Percent(40);
+  s.unequal = random.Percent(25);
+  s.late = random.Percent(30);
+  s.collectives = random.Percent(30);
+  s.barriers = random.Percent(30);
+  s.evaluation = random.Percent(25);
+  s.puts = random.Percent(25);
+  s.nonfinite = random.Percent(spec.skip_nonfinite ? 60 : 10);
+  s.refuse = random.Percent(15);
+  s.stall = random.Percent(20);
+  s.overrun = random.Percent(10) && spec.world > 1;
+  s.max_norm = random.Percent(50) ? 1.0 : 0.0;
+  s.restart_together = random.Percent(60);
+  if (spec.node_sum && random.Percent(40)) {
+    // Bounded staging: a scatter may wait for another rank's (told at attach), so ranks must not
+    // wait for each other in the midst of a step, nor leave out units that others use.
+    s.staging_slots = random.Between(1, 2);
+    s.collectives = s.barriers = s.divergent = s.late = false;
+  }
+  RandomFaults(&s, &random);
+  return s;
+}
+
+core::JobSpec Scenario::Spec(MemberIndex m) const {
+  core::JobSpec other = spec;
+  other.self = m;
+  return other;
+}
+
+std::string Scenario::Text() const {
+  std::string text = absl::StrCat(
+      spec.members, " members x ", spec.local_world, " clients, stage ", spec.stage,
+      spec.node_sum ? ", node_sum" : ", per_rank", ", ", layout().units().size(), " units, window ",
+      spec.window.base_chunks, "..", spec.window.max_chunks, " of ", layout().chunks(),
+      " chunks, prefetch ", spec.prefetch_elements, ", ", steps, " steps");
+  const std::pair<bool, const char*> flags[] = {
+      {spec.skip_nonfinite, "skip_nonfinite"}, {spec.untouched_as_zero, "untouched_as_zero"},
+      {divergent, "divergent"}, {unequal, "unequal"}, {late, "late"},
+      {collectives, "collectives"}, {barriers, "barriers"}, {evaluation, "evaluation"},
+      {puts, "puts"}, {nonfinite, "nonfinite"}, {refuse, "refuse"}, {stall, "stall"},
+      {overrun, "overrun"}, {restart_together, "restart_together"},
+      {staging_slots < 1000, "bounded staging"}};
+  for (const auto& [on, name] : flags) {
+    if (on) absl::StrAppend(&text, ", ", name);
+  }
+  for (const Fault& f : faults) {
+    absl::StrAppend(&text, "; ", f.member ? "member " : "rank ", f.who, " dies at moment ",
+                    static_cast<int>(f.moment), " #", f.nth, " + ", f.delay);
+  }
+  return text;
+}
+
+// --- Training scripts --------------------------------------------------------------------------
+
+namespace {
+
+class Script {
+ public:
+  // `shared` draws alike on all ranks, `own` does not.
+  Script(const Scenario& s, Rank rank, Step step, uint32_t attempt)
+      : s_(s), rank_(rank), step_(step), attempt_(attempt),
+        shared_(Hash(s.seed, kScript, step, attempt)),
+        own_(Hash(s.seed, kScriptOfRank, step, attempt, rank)) {}
+
+  std::vector<Op> Build();
+  std::vector<Op> Final();
+
+ private:
+  void Push(Op op) { ops_.push_back(op); }
+  void Meet();
+  void Puts();
+  void Evaluate();
+  void MicroStep(uint32_t micro_step, bool last, bool common);
+  void Late(uint32_t micro_step);
+  bool Uses(UnitIndex u) const { return (used_ >> u) & 1; }
+  uint64_t RandomPlaces(UnitIndex u);
+
+  const Scenario& s_;
+  const Rank rank_;
+  const Step step_;
+  const uint32_t attempt_;
+  Random shared_;
+  Random own_;
+  uint64_t used_ = 0;
+  std::vector<UnitIndex> landed_;
+  std::vector<Op> ops_;
+};
+
+uint64_t Script::RandomPlaces(UnitIndex u) {
+  const core::Unit& unit = s_.layout().units()[u];
+  uint64_t places = 0;
+  for (size_t i = 0; i < unit.parameters.size(); ++i) {
+    if (s_.layout().parameters()[unit.parameters[i]].trainable &&
+        (own_.Percent(85) || s_.staging_slots < 1000)) {
+      places |= uint64_t{1} << i;
+    }
+  }
+  return places;
+}
+
+// Where all ranks come together, or nowhere.
+void Script::Meet() {
+  const bool collective = shared_.Percent(30) && s_.collectives;
+  const bool barrier = shared_.Percent(20) && s_.barriers;
+  if (collective) Push({OpKind::kCollective});
+  if (barrier) Push({OpKind::kScalar});
+}
+
+void Script::Puts() {
+  const std::optional<PutOfStep> puts = PutsOf(s_, step_);
+  if (!puts.has_value() || attempt_ > 0) return;
+  Push({OpKind::kQuiet});
+  Push({OpKind::kScalar});
+  if (puts->rank == rank_) {
+    for (UnitIndex u : puts->units) Push({OpKind::kPut, u});
+  }
+  Push({OpKind::kScalar});
+  Push({OpKind::kReading});
+}
+
+void Script::Evaluate() {
+  const Rank who = static_cast<Rank>(shared_.Below(s_.world()));
+  if (!s_.evaluation || who != rank_) return;
+  for (UnitIndex u = 0; u < s_.cells.size(); ++u) {
+    Push({OpKind::kGather, u});
+    Push({OpKind::kCompute});
+    Push({OpKind::kRelease, u});
+    if (own_.Percent(20)) Push({OpKind::kRead, u});
+  }
+}
+
+// Forward and backward pass. `common`: every rank does this one.
+void Script::MicroStep(uint32_t micro_step, bool last, bool common) {
+  const UnitIndex units = static_cast<UnitIndex>(s_.cells.size());
+  Random* path = s_.divergent ? &own_ : &shared_;
+  used_ = 0;
+  for (UnitIndex u = 0; u < units; ++u) {
+    if (path->Percent(85)) used_ |= uint64_t{1} << u;
+  }
+  UnitIndex held = units;  // none; some modules stay gathered while the next runs
+  for (UnitIndex u = 0; u < units; ++u) {
+    if (Uses(u)) Push({OpKind::kGather, u});
+    if (common) Meet();
+    if (!Uses(u)) continue;
+    Push({OpKind::kCompute});
+    if (held != units) Push({OpKind::kRelease, held});
+    held = units;
+    if (own_.Percent(30)) held = u;
+    else Push({OpKind::kRelease, u});
+  }
+  if (held != units) Push({OpKind::kRelease, held});
+  for (UnitIndex u = units; u-- > 0;) {
+    if (Uses(u)) {
+      Push({OpKind::kGather, u});
+      Push({OpKind::kCompute});
+      Push({OpKind::kLand, u, micro_step, RandomPlaces(u)});
+    }
+    if (common) Meet();
+    if (!Uses(u)) continue;
+    landed_.push_back(u);
+    Push({OpKind::kRelease, u});
+    // Some scripts do not know which pass is the last: then STEP says it.
+    Push({OpKind::kScatter, u, 0, 0, last && own_.Percent(80)});
+  }
+}
+
+// Another backward pass after the one that was taken for the last.
+void Script::Late(uint32_t micro_step) {
+  Random* path = s_.divergent ? &own_ : &shared_;
+  std::vector<UnitIndex> again;
+  for (UnitIndex u = 0; u < s_.cells.size(); ++u) {
+    if (!path->Percent(40)) continue;
+    if (std::find(landed_.begin(), landed_.end(), u) != landed_.end()) again.push_back(u);
+  }
+  for (UnitIndex u : landed_) Push({OpKind::kScatter, u, 0, 0, true});
+  for (UnitIndex u : again) {
+    Push({OpKind::kReclaim, u});
+    Push({OpKind::kLand, u, micro_step, RandomPlaces(u)});
+    Push({OpKind::kScatter, u, 0, 0, true});
+  }
+}
+
+std::vector<Op> Script::Build() {
+  Puts();
+  Evaluate();
+  const uint32_t common = static_cast<uint32_t>(shared_.Between(1, 2));
+  const uint32_t micro_steps =
+      common + (s_.unequal ? static_cast<uint32_t>(own_.Below(3)) : 0);
+  const Rank stalled = static_cast<Rank>(shared_.Below(s_.world()));
+  for (uint32_t i = 0; i < micro_steps; ++i) {
+    MicroStep(i, i + 1 == micro_steps, i < common);
+    if (i == 0 && s_.stall && stalled == rank_) Push({OpKind::kStall});
+  }
+  if (s_.late) Late(micro_steps);
+  Push({OpKind::kStep});
+  return std::move(ops_);
+}
+
+std::vector<Op> Script::Final() {
+  Push({OpKind::kScalar});
+  if (own_.Percent(50)) Push({OpKind::kRead, static_cast<UnitIndex>(own_.Below(s_.cells.size()))});
+  const Rank who = static_cast<Rank>(shared_.Below(s_.world()));
+  if (s_.overrun && who == rank_) {
+    Push({OpKind::kScalar});
+    MicroStep(0, true, false);
+    Late(1);
+    Push({OpKind::kStep});
+  }
+  Push({OpKind::kDetach});
+  return std::move(ops_);
+}
+
+}  // namespace
+
+std::vector<Op> StepProgram(const Scenario& s, Rank rank, Step step, uint32_t attempt) {
+  return Script(s, rank, step, attempt).Build();
+}
+
+std::vector<Op> FinalProgram(const Scenario& s, Rank rank) {
+  return Script(s, rank, s.steps + 1, 0).Final();
+}
+
+bool Disagrees(const Scenario& s, Rank rank, Step step, uint32_t attempt) {
+  Random random(Hash(s.seed, kDisagree, step));
+  if (!s.refuse || attempt > 0 || s.world() == 1 || !random.Percent(50)) return false;
+  return random.Below(s.world()) == rank;
+}
+
+core::HyperParameters Hyper(const Scenario& s, Rank rank, Step step, uint32_t attempt) {
+  core::HyperParameters h;
+  h.max_norm = s.max_norm;
+  h.want_norm = rank == 0 && step % 2 == 0;
+  h.groups.resize(1);
+  h.groups[0].lr = static_cast<double>(step) + (Disagrees(s, rank, step, attempt) ? 0.5 : 0.0);
+  return h;
+}
+
+std::optional<PutOfStep> PutsOf(const Scenario& s, Step step) {
+  PutOfStep puts;
+  const UnitIndex units = static_cast<UnitIndex>(s.cells.size());
+  if (step == 1) {
+    for (UnitIndex u = 0; u < units; ++u) puts.units.push_back(u);
+    return puts;
+  }
+  Random random(Hash(s.seed, kPuts, step));
+  if (!s.puts || step > s.steps || !random.Percent(60)) return std::nullopt;
+  puts.rank = static_cast<Rank>(random.Below(s.world()));
+  puts.units.push_back(static_cast<UnitIndex>(random.Below(units)));
+  return puts;
+}
+
+uint64_t PutValue(const Scenario& s, Step step, UnitIndex unit, size_t cell) {
+  return Hash(s.seed, kPuts, step, unit, cell);
+}
+
+}  // namespace zerod::sim

@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cmath>
+
+#include "absl/strings/str_cat.h"
+#include "tests/sim/process.h"
+#include "tests/sim/world.h"
+
+namespace zerod::sim {
+
+void Violate(const std::string& text) { throw Violation{text}; }
+
+Truth::Truth(const Scenario* scenario) : s_(*scenario) {
+  Weights& zeros = after_[0];
+  for (const std::vector<Cell>& cells : s_.cells) zeros.emplace_back(cells.size(), 0);
+  parameter_steps_.assign(s_.layout().parameters().size(), 0);
+  PrepareBefore(1);
+}
+
+void Truth::PrepareBefore(Step step) {
+  Weights w = after_.at(step - 1);
+  if (const std::optional<PutOfStep> puts = PutsOf(s_, step)) {
+    for (UnitIndex u : puts->units) {
+      for (size_t c = 0; c < w[u].size(); ++c) w[u][c] = PutValue(s_, step, u, c);
+    }
+  }
+  before_[step] = std::move(w);
+}
+
+// The gradient of one parameter in the order of sums that DESIGN promises: per_rank adds
+// micro-steps within a client, then ranks; node_sum adds ranks within each micro-step; then nodes;
+// rounds one after the other.
+Gradient Truth::Sum(const std::vector<std::shared_ptr<Process>>& processes, UnitIndex unit,
+                    uint32_t place) const {
+  struct Part {
+    uint32_t round, node, pass, slot;
+    Gradient gradient;
+  };
+  std::vector<Part> parts;
+  const bool one_member = s_.spec.members == 1;
+  uint32_t rounds = 0;
+  for (const auto& p : processes) {
+    uint32_t index = 0;
+    for (const Process::Handed& h : p->handed()) {
+      if (h.unit != unit) continue;
+      rounds = std::max(rounds, h.round);
+      // With one member nothing is consumed between rounds under per_rank: all of a client's come
+      // before the next client's.
+      const uint32_t round = one_member && !s_.spec.node_sum ? 1 : h.round;
+      const uint32_t pass = one_member && !s_.spec.node_sum ? index++ : h.pass;
+      parts.push_back({round, p->member(), pass, p->slot(), h.gradients[place]});
+    }
+  }
+  std::stable_sort(parts.begin(), parts.end(), [&](const Part& a, const Part& b) {
+    auto key = [&](const Part& x) {
+      return s_.spec.node_sum ? std::tuple(x.round, x.node, x.pass, x.slot)
+                              : std::tuple(x.round, x.node, x.slot, x.pass);
+    };
+    return key(a) < key(b);
+  });
+  // Innermost sums first. Under per_rank a client's own sum is a term of its node's, and with
+  // several rounds or nodes each node's sum is a term of the round's.
+  Gradient total;
+  for (size_t i = 0; i < parts.size();) {
+    const uint32_t round = parts[i].round;
+    Gradient of_round;
+    while (i < parts.size() && parts[i].round == round) {
+      const uint32_t node = parts[i].node;
+      Gradient of_node;
+      while (i < parts.size() && parts[i].round == round && parts[i].node == node) {
+        if (s_.spec.node_sum) {
+          // One member's accumulator runs through all rounds.
+          Gradient* into = one_member ? &total : &of_node;
+          *into = Add(*into, parts[i++].gradient);
+          continue;
+        }
+        const uint32_t slot = parts[i].slot;
+        Gradient of_client;
+        while (i < parts.size() && parts[i].round == round && parts[i].node == node &&
+               parts[i].slot == slot) {
+          of_client = Add(of_client, parts[i++].gradient);
+        }
+        of_node = Add(of_node, of_client);
+      }
+      of_round = Add(of_round, of_node);
+    }
+    total = Add(total, of_round);
+  }
+  return total;
+}
+
+void Truth::Commit(Step step, const std::vector<std::shared_ptr<Process>>& processes) {
+  if (step != committed_ + 1) {
+    Violate(absl::StrCat("step ", step, " is committed after step ", committed_));
+  }
+  for (const auto& p : processes) {
+    if (p == nullptr || !p->step_sent() || p->step() != step ||
+        p->generation() != processes[0]->generation()) {
+      Violate(absl::StrCat("step ", step, " is committed, but not every client of one generation "
+                           "has sent it"));
+    }
+    if (Disagrees(s_, p->rank(), step, p->attempt())) {
+      Violate(absl::StrCat("step ", step, " is committed though rank ", p->rank(), " disagrees"));
+    }
+  }
+  Outcome& outcome = outcomes_[step];
+  Weights w = before_.at(step);
+  const auto& parameters = s_.layout().parameters();
+  outcome.touched.assign(parameters.size(), false);
+  std::vector<Gradient> gradients(parameters.size());
+  bool nonfinite = false;
+  for (uint32_t p = 0; p < parameters.size(); ++p) {
+    if (!parameters[p].trainable) continue;
+    const UnitIndex u = parameters[p].unit;
+    const auto& list = s_.layout().units()[u].parameters;
+    const auto place =
+        static_cast<uint32_t>(std::find(list.begin(), list.end(), p) - list.begin());
+    gradients[p] = Sum(processes, u, place);
+    outcome.touched[p] = gradients[p].any || s_.spec.untouched_as_zero;
+    nonfinite |= gradients[p].nonfinite;
+  }
+  double squares = 0;
+  for (const std::vector<Cell>& cells : s_.cells) {
+    for (const Cell& c : cells) {
+      if (c.trainable) squares += Square(gradients[c.parameter]);
+    }
+  }
+  outcome.grad_norm = std::sqrt(squares) / static_cast<double>(s_.world());
+  outcome.skip = nonfinite && s_.spec.skip_nonfinite;
+  for (UnitIndex u = 0; u < s_.cells.size() && !outcome.skip; ++u) {
+    for (size_t c = 0; c < s_.cells[u].size(); ++c) {
+      const Cell& cell = s_.cells[u][c];
+      if (!cell.trainable || !outcome.touched[cell.parameter]) continue;
+      w[u][c] = Apply(w[u][c], gradients[cell.parameter], step,
+                      parameter_steps_[cell.parameter] + 1);
+    }
+  }
+  for (size_t p = 0; p < parameters.size() && !outcome.skip; ++p) {
+    if (outcome.touched[p]) ++parameter_steps_[p];
+  }
+  outcome.parameter_steps = parameter_steps_;
+  after_[step] = std::move(w);
+  committed_ = step;
+  PrepareBefore(step + 1);
+}
+
+}  // namespace zerod::sim
