@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import time
 
 import torch
@@ -57,8 +58,6 @@ def counters() -> dict[str, float]:
 
 def run_zoo(names: list[str], stages: list[int], steps: int, config: dict) -> dict:
     """{(name, stage): (losses, weights)} of every case."""
-    import zerod
-
     rank, world = rank_and_world()
     results = {}
     for name in names:
@@ -79,7 +78,7 @@ def run_zoo(names: list[str], stages: list[int], steps: int, config: dict) -> di
                 "zerod": {**config.get("zerod", {}), "job": f"zoo-{name}-{stage}"},
             }
             try:
-                engine, *_ = zerod.initialize(model=model, config=settings)
+                engine = with_smallest_window(model, settings)
                 torch.manual_seed(8 + rank)
                 losses = []
                 for step in range(steps):
@@ -93,11 +92,19 @@ def run_zoo(names: list[str], stages: list[int], steps: int, config: dict) -> di
     return results
 
 
-def resident_flags(config: dict) -> list[tuple[str, bool]]:
+def with_smallest_window(model, settings: dict):
+    """An engine whose window is the smallest that is not refused: the refusal names it."""
     import zerod
 
-    engine, *_ = zerod.initialize(model=zoo.Stack(), config=config)
-    return [(unit.name, unit.resident) for unit in engine.client.units]
+    try:
+        return zerod.initialize(model=model, config=settings)[0]
+    except zerod.FailedPrecondition as error:
+        # Or another rank has found it already.
+        found = re.search(r"stage3_max_live_parameters (?:to at least|is) (\d+)", str(error))
+        if not found:
+            raise
+        settings["zero_optimization"]["stage3_max_live_parameters"] = int(found.group(1))
+        return zerod.initialize(model=model, config=settings)[0]
 
 
 def train_and_report(steps: int, progress: str, config: dict, dropout: bool = True) -> dict:
