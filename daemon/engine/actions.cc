@@ -378,11 +378,15 @@ void JobRunnerImpl::Do(core::StartApply& action) {
   task->sources = book_->FinalSources(action.unit, action.plan->step, Clients());
   const Range range = store_->TrainRange(action.unit);
   const absl::Time since = MonotonicNow();
+  const uint64_t copied =
+      job_->ValidAfterApply(action.unit) ? request_.layout->UnitBytes(action.unit) : 0;
   const absl::Status status = workers_->Run(
       range.empty() ? 0 : PartsOf(range.size()),
       [task, range](size_t part) { Apply(*task, PartOf(range, part)); },
-      [this, unit = action.unit, step = action.plan->step, since] {
+      [this, unit = action.unit, step = action.plan->step, since, copied] {
         metrics_->Observe(metrics::Latency::kApply, SecondsSince(since));
+        bytes_gathered_ += copied;
+        metrics_->Add(metrics::Traffic::kGatheredToWindow, copied);
         job_->OnApplyDone(unit, step);
       });
   if (!status.ok()) Broken(status);

@@ -27,10 +27,9 @@ absl::StatusOr<std::shared_ptr<ClientSlot>> ClientSlot::Create(
       {"transfers", plan.transfer_bytes, arena::Access::kClientWrites},
   };
   for (int i = 0; i < 4; ++i) {
-    const uint64_t bytes = std::max<uint64_t>(files[i].bytes, 4096);  // a memfd of 0 cannot be mapped
-    ASSIGN_OR_RETURN(client->files_[i],
-                     arena->Allocate(absl::StrCat(files[i].name, " of rank ", rank, " of job ", job),
-                                     bytes, bytes, files[i].access));
+    const uint64_t bytes = std::max<uint64_t>(files[i].bytes, 4096);  // 0 cannot be mapped
+    const std::string name = absl::StrCat(files[i].name, " of rank ", rank, " of job ", job);
+    ASSIGN_OR_RETURN(client->files_[i], arena->Allocate(name, bytes, bytes, files[i].access));
   }
   shm::InitPages(reinterpret_cast<shm::SubmitPage*>(client->files_[0].data()), client->complete());
   ASSIGN_OR_RETURN(const int doorbell, shm::MakeDoorbell());

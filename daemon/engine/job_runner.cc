@@ -57,8 +57,8 @@ absl::Status JobRunnerImpl::Plan() {
       request_.local_world > request_.world) {
     return absl::InvalidArgumentError(absl::StrCat(
         "job '", request_.id, "': member ", request_.self, " of ", request_.members, ", ",
-        request_.local_world, " of ", request_.world, " ranks on this node cannot be; a job has 1 to ",
-        core::kMembersMax, " nodes"));
+        request_.local_world, " of ", request_.world,
+        " ranks on this node cannot be; a job has 1 to ", core::kMembersMax, " nodes"));
   }
   const auto plan_for = [&](uint64_t available_bytes) {
     return core::PlanJob(request_.config, *request_.layout, request_.members, request_.self,
@@ -248,26 +248,39 @@ absl::StatusOr<Attachment> JobRunnerImpl::BeginAttach(const ClientInfo& info) {
   return attachment;
 }
 
+absl::Status JobRunnerImpl::Watch(const ClientSlot& client) {
+  epoll_event event{};
+  event.events = EPOLLIN;
+  event.data.u64 = uint64_t{client.slot} << 1;
+  if (epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, client.pidfd(), &event) == 0) {
+    event.events = shm::kDoorbellEvents;
+    event.data.u64 |= 1;
+    if (epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, client.doorbell(), &event) == 0) {
+      return absl::OkStatus();
+    }
+  }
+  const absl::Status status = absl::ResourceExhaustedError(
+      absl::StrCat("cannot watch process ", client.pid, ": ", strerror(errno),
+                   "; see /proc/sys/fs/epoll/max_user_watches"));
+  epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, client.pidfd(), nullptr);
+  return status;
+}
+
 void JobRunnerImpl::FinishAttach(const ClientInfo& info,
-                                 absl::StatusOr<std::shared_ptr<ClientSlot>> client,
+                                 absl::StatusOr<std::shared_ptr<ClientSlot>>* client,
                                  Attachment* attachment) {
   SlotInfo& slot = slots_[info.local_rank];
   slot.preparing = false;
-  if (!client.ok()) {
-    job_->OnClientGone(info.local_rank, absl::StrCat("its memory could not be reserved: ",
-                                                     client.status().message()));
+  if (client->ok()) {
+    const absl::Status watched = Watch(***client);
+    if (!watched.ok()) *client = watched;
+  }
+  if (!client->ok()) {
+    job_->OnClientGone(info.local_rank, absl::StrCat("it could not be attached: ",
+                                                     client->status().message()));
     return;
   }
-  slot.client = *client;
-  epoll_event event{};
-  event.events = EPOLLIN;
-  event.data.u64 = uint64_t{info.local_rank} << 1;
-  CHECK_EQ(epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, slot.client->pidfd(), &event), 0)
-      << strerror(errno);
-  event.events = shm::kDoorbellEvents;
-  event.data.u64 |= 1;
-  CHECK_EQ(epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, slot.client->doorbell(), &event), 0)
-      << strerror(errno);
+  slot.client = **client;
   attachment->fds = slot.client->Fds(window_->units_fd(), window_->window_fd());
   if (!slot.preparing_failure.ok()) {
     slot.client->ring().Fail(slot.preparing_failure.code(),
@@ -292,7 +305,7 @@ absl::StatusOr<Attachment> JobRunnerImpl::Attach(const ClientInfo& info) {
   absl::StatusOr<std::shared_ptr<ClientSlot>> client =
       ClientSlot::Create(arena_, request_.id, info.local_rank, info.rank, info.pid,
                          std::move(pidfd), *request_.layout, plan_);
-  Call([&] { FinishAttach(info, client, &*attachment); });
+  Call([&] { FinishAttach(info, &client, &*attachment); });
   if (!client.ok()) return client.status();
   return attachment;
 }

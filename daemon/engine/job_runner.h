@@ -100,7 +100,8 @@ class JobRunner {
   // All of these are thread-safe. Those that answer wait for the loop, never for a client.
   // Errors of Attach: see core::Job::OnAttach.
   virtual absl::StatusOr<Attachment> Attach(const ClientInfo& client) = 0;
-  virtual absl::StatusOr<std::pair<core::Step, std::string>> CommittedBlob(core::SlotIndex slot) = 0;
+  virtual absl::StatusOr<std::pair<core::Step, std::string>> CommittedBlob(
+      core::SlotIndex slot) = 0;
   virtual void PeerMessage(core::MemberIndex from, core::Message message) = 0;
   virtual void PeerDown(core::MemberIndex member, absl::Status why) = 0;
   // Ends the job everywhere.

@@ -57,7 +57,6 @@ class JobRunnerImpl : public JobRunner {
     std::shared_ptr<ClientSlot> client;  // of the last attachment, dead or alive
     bool preparing = false;              // Attach allocates its files on another thread
     absl::Status preparing_failure;      // what the attachment was failed with meanwhile
-    uint64_t preparing_generation = 0;
     std::optional<std::pair<core::Step, std::string>> pending_blob;
     core::Step step = 0;  // of its last request that named one
   };
@@ -82,7 +81,8 @@ class JobRunnerImpl : public JobRunner {
   core::JobSpec MakeSpec() const;
   void Call(const std::function<void()>& closure);  // on the loop, waits for it
   absl::StatusOr<Attachment> BeginAttach(const ClientInfo& info);
-  void FinishAttach(const ClientInfo& info, absl::StatusOr<std::shared_ptr<ClientSlot>> client,
+  absl::Status Watch(const ClientSlot& client);
+  void FinishAttach(const ClientInfo& info, absl::StatusOr<std::shared_ptr<ClientSlot>>* client,
                     Attachment* attachment);
   JobSnapshot SnapshotOnLoop();
   void ReportMemory();
