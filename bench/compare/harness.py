@@ -78,7 +78,7 @@ class Run:
     """One run of one system: `ranks` processes over the network's nodes, daemons for zerod."""
 
     def __init__(self, network: Network, system: str, ranks: int, arguments: list[str],
-                 worker_threads: int = 1):
+                 worker_threads: int = 0):
         self.network, self.system, self.ranks = network, system, ranks
         self.arguments = arguments
         self.worker_threads = worker_threads
