@@ -37,7 +37,8 @@ class JobMetrics {
   virtual void SetMemory(const std::string& kind, uint64_t bytes) = 0;  // kinds of core::MemoryPlan
   virtual void SetClients(uint32_t attached) = 0;
   virtual void SetStep(uint64_t committed, uint64_t applied, uint64_t generation) = 0;
-  virtual void SetWaiting(const std::string& what, uint64_t requests) = 0;  // "gather", "step", "scalar"
+  // `what`: "gather", "step", "scalar".
+  virtual void SetWaiting(const std::string& what, uint64_t requests) = 0;
   virtual void CountWindowGrowth(uint64_t bytes) = 0;
   virtual void CountClientDeath() = 0;
 };

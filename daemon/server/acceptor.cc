@@ -40,8 +40,8 @@ absl::StatusOr<std::unique_ptr<Acceptor>> Acceptor::Start(ListeningSocket listen
                                                           const AccessList* access,
                                                           const Limits& limits,
                                                           std::function<void(int fd)> handover) {
-  std::unique_ptr<Acceptor> acceptor(
-      new Acceptor(std::move(listener), access, limits, std::move(handover)));
+  auto acceptor =
+      std::make_unique<Acceptor>(std::move(listener), access, limits, std::move(handover));
   if (!acceptor->epoll_ || !acceptor->stop_ ||
       !Watch(acceptor->epoll_.get(), acceptor->stop_.get(), EPOLLIN) ||
       !Watch(acceptor->epoll_.get(), acceptor->listener_.fd(), EPOLLIN)) {

@@ -25,14 +25,15 @@ class Acceptor {
                                                          const AccessList* access,
                                                          const Limits& limits,
                                                          std::function<void(int fd)> handover);
+  // Use Start.
+  Acceptor(ListeningSocket listener, const AccessList* access, const Limits& limits,
+           std::function<void(int fd)> handover);
   ~Acceptor();
 
   // Living connections.
   size_t connections() const { return count_.load(std::memory_order_relaxed); }
 
  private:
-  Acceptor(ListeningSocket listener, const AccessList* access, const Limits& limits,
-           std::function<void(int fd)> handover);
   void Run();
   void Accept();
 

@@ -32,7 +32,8 @@ absl::Status CheckJobId(const std::string& id) {
   bool ok = !id.empty() && id.size() <= kJobIdMax;
   for (char c : id) ok = ok && (absl::ascii_isalnum(c) || c == '.' || c == '_' || c == '-');
   if (ok) return absl::OkStatus();
-  return Invalid("the job id must have 1 to 128 characters, each a letter, a digit, '.', '_' or '-'");
+  return Invalid(
+      "the job id must have 1 to 128 characters, each a letter, a digit, '.', '_' or '-'");
 }
 
 absl::Status CheckPlace(const v1::AttachRequest& r, const Limits& limits) {

@@ -61,7 +61,7 @@ absl::StatusOr<std::unique_ptr<FdServer>> FdServer::Start(ListeningSocket listen
                                                           const AccessList* access,
                                                           SessionTable* sessions,
                                                           const Limits& limits) {
-  std::unique_ptr<FdServer> server(new FdServer(std::move(listener), access, sessions, limits));
+  auto server = std::make_unique<FdServer>(std::move(listener), access, sessions, limits);
   if (!server->epoll_ || !server->stop_) {
     return absl::UnavailableError(absl::StrCat("cannot serve the fd socket: ", strerror(errno)));
   }
@@ -193,7 +193,8 @@ bool FdServer::HandleHello(Connection* connection) {
   if (hello.format_version != shm::kFormatVersion) {
     Refuse(socket, absl::FailedPreconditionError(absl::StrCat(
                        "the client has shared memory format ", hello.format_version,
-                       ", the daemon ", shm::kFormatVersion, ": install the same version of both")));
+                       ", the daemon ", shm::kFormatVersion,
+                       ": install the same version of both")));
     return false;
   }
   absl::StatusOr<std::shared_ptr<Session>> session =

@@ -26,6 +26,9 @@ class FdServer {
                                                          const AccessList* access,
                                                          SessionTable* sessions,
                                                          const Limits& limits);
+  // Use Start.
+  FdServer(ListeningSocket listener, const AccessList* access, SessionTable* sessions,
+           const Limits& limits);
   // Ends the thread and all connections.
   ~FdServer();
 
@@ -40,8 +43,6 @@ class FdServer {
     alignas(8) unsigned char buffer[64];
   };
 
-  FdServer(ListeningSocket listener, const AccessList* access, SessionTable* sessions,
-           const Limits& limits);
   absl::Status Watch(int fd, uint64_t key, uint32_t events);
   void Run();
   void Accept();

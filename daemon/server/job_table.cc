@@ -221,7 +221,9 @@ absl::Status JobTable::Create(std::unique_lock<std::mutex>* lock, const AttachAr
   made->state = made->ended ? State::kEnding : State::kRunning;
   changed_.notify_all();
   spdlog::info("job {}: created, {}", arguments.job, made->runner->plan().text);
-  if (made->ended) return made->status.ok() ? absl::UnavailableError("the job ended") : made->status;
+  if (made->ended) {
+    return made->status.ok() ? absl::UnavailableError("the job ended") : made->status;
+  }
   *entry = made;
   return absl::OkStatus();
 }

@@ -153,8 +153,8 @@ int Main(int argc, char** argv) {
   shm::UniqueFd signals(signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK));
   absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(line->options);
   if (!server.ok() || !signals) {
-    const std::string why =
-        server.ok() ? std::string("cannot wait for signals") : std::string(server.status().message());
+    const std::string why(server.ok() ? absl::string_view("cannot wait for signals")
+                                      : server.status().message());
     spdlog::critical("{}", why);
     if (!line->options.log_file.empty()) std::fprintf(stderr, "zerod: %s\n", why.c_str());
     return 1;

@@ -161,7 +161,7 @@ void Describe(CLI::App* app, Raw* raw) {
                   absl::StrCat("One of ", absl::StrJoin(kLogLevels, ", "), " [info]"));
   app->add_option("--log-file", o.log_file, "File to append the log to [standard error]");
   app->add_flag("--embedded", o.embedded,
-                "A private daemon: ends by itself when it has had no job and no client for a while");
+                "A private daemon: ends by itself when it had no job and no client for a while");
   app->add_option("--embedded-linger-seconds", raw->embedded_linger_seconds,
                   "How long that while is [30]");
 }
@@ -296,7 +296,8 @@ bool IsLoopback(const std::string& host) {
 }
 
 absl::StatusOr<CommandLine> ParseCommandLine(int argc, const char* const* argv) {
-  CLI::App app("zerod: owns the ZeRO-partitioned state of the training jobs of this node.", "zerod");
+  CLI::App app("zerod: owns the ZeRO-partitioned state of the training jobs of this node.",
+               "zerod");
   Raw raw;
   Describe(&app, &raw);
   app.set_config("--config", "", "YAML file with the same names, - as _; flags win")

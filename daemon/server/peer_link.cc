@@ -8,7 +8,7 @@ ServerLink::ServerLink(grpc::CallbackServerContext* context, const Limits& limit
 
 std::shared_ptr<ServerLink> ServerLink::Make(grpc::CallbackServerContext* context,
                                              const Limits& limits, Accept accept) {
-  std::shared_ptr<ServerLink> link(new ServerLink(context, limits, std::move(accept)));
+  auto link = std::make_shared<ServerLink>(context, limits, std::move(accept));
   link->self_ = link;
   link->StartReading();
   return link;
@@ -77,7 +77,7 @@ std::shared_ptr<ClientLink> ClientLink::Open(v1::Peer::Stub* stub, const v1::Cre
                                              const Limits& limits,
                                              std::shared_ptr<LinkEvents> events,
                                              std::function<void(ClientLink*)> accepted) {
-  std::shared_ptr<ClientLink> link(new ClientLink(limits));
+  auto link = std::make_shared<ClientLink>(limits);
   link->self_ = link;
   link->events_ = events;
   link->accepted_ = std::move(accepted);

@@ -231,11 +231,12 @@ class ServerLink final
       const v1::Credentials& hello, const std::shared_ptr<ServerLink>& link)>;
   static std::shared_ptr<ServerLink> Make(grpc::CallbackServerContext* context,
                                           const Limits& limits, Accept accept);
+  // Use Make.
+  ServerLink(grpc::CallbackServerContext* context, const Limits& limits, Accept accept);
   void Accepted(const std::string& boot_id);
   bool greeted() const { return greeted_; }  // its hello has come
 
  private:
-  ServerLink(grpc::CallbackServerContext* context, const Limits& limits, Accept accept);
   bool Handle(v1::LinkRequest* in) override;
   void EndStream(const absl::Status& why) override;
   void Cancel() override;
@@ -261,8 +262,10 @@ class ClientLink final
                                           std::shared_ptr<LinkEvents> events,
                                           std::function<void(ClientLink*)> accepted);
 
- private:
+  // Use Open.
   explicit ClientLink(const Limits& limits) : LinkEnd(limits) {}
+
+ private:
   bool Handle(v1::LinkResponse* in) override;
   void EndStream(const absl::Status& why) override;
   void Cancel() override { context_.TryCancel(); }

@@ -199,7 +199,7 @@ void JobPeersImpl::OnDown(uint32_t member, const absl::Status& why) {
         default: break;
       }
     } else if (members_[member].goodbye_deadline != absl::InfiniteFuture()) {
-      members_[member].link = nullptr;  // in order; our own part ends too, or Tick says that it hangs
+      members_[member].link = nullptr;  // in order; our part ends too, or Tick says that it hangs
       return;
     }
   }
@@ -216,7 +216,8 @@ void JobPeersImpl::Lose(uint32_t member, const absl::Status& why) {
     m.waiting.clear();
   }
   const absl::Status told(
-      why.code(), absl::StrCat("member ", member, " of job ", job_.id, " is lost: ", why.message()));
+      why.code(),
+      absl::StrCat("member ", member, " of job ", job_.id, " is lost: ", why.message()));
   spdlog::warn("{}", std::string(told.message()));
   std::lock_guard lock(deliver_mu_);
   if (runner_ != nullptr) runner_->PeerDown(member, told);
@@ -307,7 +308,7 @@ void JobPeersImpl::Tick(absl::Time now, bool heartbeat) {
                                          "more than ", limits_.link_queue_bytes_max,
                                          " bytes of messages wait for it"))});
       } else if (now > m.goodbye_deadline) {
-        losses.push_back({i, m.link, absl::UnavailableError("it ended its part, and ours did not")});
+        losses.push_back({i, m.link, absl::UnavailableError("it ended its part, ours did not")});
       } else if (m.link != nullptr && now - m.link->last_heard() > limits_.lease) {
         losses.push_back({i, m.link, absl::UnavailableError(absl::StrCat(
                                          "its daemon was silent for ",

@@ -11,7 +11,9 @@
 namespace zerod::server {
 namespace {
 
-absl::Status Closed() { return absl::UnavailableError("the job is over, and its rendezvous with it"); }
+absl::Status Closed() {
+  return absl::UnavailableError("the job is over, and its rendezvous with it");
+}
 
 absl::Status AtMemberZero(const grpc::Status& status) {
   const absl::Status said = FromGrpc(status);

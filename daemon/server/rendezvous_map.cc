@@ -9,7 +9,9 @@
 namespace zerod::server {
 namespace {
 
-absl::Status Closed() { return absl::UnavailableError("the job is over, and its rendezvous with it"); }
+absl::Status Closed() {
+  return absl::UnavailableError("the job is over, and its rendezvous with it");
+}
 
 }  // namespace
 

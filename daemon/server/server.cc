@@ -13,6 +13,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "base/status.h"
+#include "daemon/engine/job_runner.h"  // and the arena that it is given
 #include "daemon/metrics/metrics.h"
 #include "daemon/server/acceptor.h"
 #include "daemon/server/fd_server.h"
@@ -25,7 +26,6 @@
 #include "grpcpp/grpcpp.h"
 #include "grpcpp/health_check_service_interface.h"
 #include "spdlog/spdlog.h"
-#include "storage/arena/arena.h"
 
 namespace zerod::server {
 namespace {

@@ -12,7 +12,6 @@
 #include "daemon/server/session.h"
 #include "proto/zerod/v1/admin.grpc.pb.h"
 #include "proto/zerod/v1/jobs.grpc.pb.h"
-#include "storage/arena/arena.h"
 
 namespace zerod::server {
 

@@ -20,7 +20,7 @@ absl::StatusOr<std::shared_ptr<Session>> Session::Create(pid_t pid, uid_t uid) {
     return absl::UnavailableError(
         absl::StrCat("the daemon cannot take another client now: ", strerror(errno)));
   }
-  return std::shared_ptr<Session>(new Session(std::move(token), pid, uid, std::move(gone)));
+  return std::make_shared<Session>(std::move(token), pid, uid, std::move(gone));
 }
 
 void Session::MarkGone() {

@@ -25,6 +25,9 @@ class Session {
  public:
   // UNAVAILABLE where the system has no descriptor left.
   static absl::StatusOr<std::shared_ptr<Session>> Create(pid_t pid, uid_t uid);
+  // Use Create.
+  Session(std::string token, pid_t pid, uid_t uid, shm::UniqueFd gone)
+      : token_(std::move(token)), pid_(pid), uid_(uid), gone_(std::move(gone)) {}
 
   const std::string& token() const { return token_; }  // kFdTokenBytes random bytes
   pid_t pid() const { return pid_; }
@@ -53,9 +56,6 @@ class Session {
   void ForgetJob(uint64_t incarnation);
 
  private:
-  Session(std::string token, pid_t pid, uid_t uid, shm::UniqueFd gone)
-      : token_(std::move(token)), pid_(pid), uid_(uid), gone_(std::move(gone)) {}
-
   const std::string token_;
   const pid_t pid_;
   const uid_t uid_;

@@ -78,7 +78,7 @@ absl::StatusOr<ListeningSocket> ListeningSocket::Create(const std::string& path,
   if (lstat(path.c_str(), &there) == 0) {
     if (!S_ISSOCK(there.st_mode)) {
       return absl::FailedPreconditionError(
-          absl::StrCat(path, " is there and is no socket: move it away, or choose another --socket"));
+          absl::StrCat(path, " is there and is no socket: move it away, or choose another path"));
     }
     if (unlink(path.c_str()) != 0) return Errno(absl::StrCat("cannot remove the stale ", path));
   }

@@ -23,7 +23,7 @@ inline constexpr uint16_t kWireVersion = 1;
 std::string EncodeMessage(const core::Message& message);
 
 // INVALID_ARGUMENT where the bytes are no message of this version: nothing is read beyond them, and
-// no more memory is taken than a small multiple of their length. Values are in the range of their
+// no more memory is taken than a bounded multiple of their length. Values are in the range of their
 // type; whether they make sense is core's to check.
 absl::StatusOr<core::Message> DecodeMessage(absl::string_view bytes);
 

@@ -17,7 +17,6 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
-#include <thread>
 
 namespace zerod::server::testing {
 namespace {
@@ -78,7 +77,7 @@ bool Eventually(const std::function<bool()>& condition, absl::Duration patience)
   const auto deadline = std::chrono::steady_clock::now() + absl::ToChronoNanoseconds(patience);
   while (std::chrono::steady_clock::now() < deadline) {
     if (condition()) return true;
-    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    poll(nullptr, 0, 10);  // of another process nobody tells us: look again
   }
   return condition();
 }
@@ -116,7 +115,9 @@ DaemonProcess::DaemonProcess(const std::string& directory, std::vector<std::stri
   const std::string notify_path = directory + "/notify";
   unlink(notify_path.c_str());
   const sockaddr_un address = Address(notify_path);
-  if (bind(notify_.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0) return;
+  if (bind(notify_.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0) {
+    return;
+  }
   std::vector<std::string> argv = {ZEROD_BINARY, "--socket", socket(), "--metrics-listen",
                                    "127.0.0.1:0"};
   argv.insert(argv.end(), arguments.begin(), arguments.end());

@@ -69,7 +69,9 @@ class RpcImpl final : public Rpc {
 
   absl::StatusOr<int> Health(const std::string& service) override {
     std::string request;
-    if (!service.empty()) request = std::string("\x0a") + static_cast<char>(service.size()) + service;
+    if (!service.empty()) {
+      request = std::string("\x0a") + static_cast<char>(service.size()) + service;
+    }
     auto response = RawCall(generic_.get(), "/grpc.health.v1.Health/Check", request);
     if (!response.ok()) return response.status();
     return response->size() == 2 && (*response)[0] == 8 ? (*response)[1] : 0;

@@ -142,7 +142,8 @@ TEST(HostPort, Parses) {
   EXPECT_EQ(ParseHostPort("node7:80")->host, "node7");
   EXPECT_EQ(ParseHostPort("[::1]:80")->host, "::1");
   EXPECT_EQ(ParseHostPort("[::1]:80")->port, 80);
-  for (const char* bad : {"", ":", ":80", "node7", "node7:", "::1:80", "[]:80", "a:65536", "a:-1"}) {
+  for (const char* bad :
+       {"", ":", ":80", "node7", "node7:", "::1:80", "[]:80", "a:65536", "a:-1"}) {
     EXPECT_FALSE(ParseHostPort(bad).ok()) << bad;
   }
   EXPECT_TRUE(IsLoopback("127.8.9.1"));

@@ -487,7 +487,8 @@ TEST(ZerodCommandLine, VersionHelpAndCheckConfig) {
   const Ran help = RunProgram(ZEROD_BINARY, {"--help"});
   EXPECT_EQ(help.exit_code, 0);
   EXPECT_THAT(help.out, HasSubstr("--metrics-listen"));
-  const Ran checked = RunProgram(ZEROD_BINARY, {"--config", ZEROD_EXAMPLE_CONFIG, "--check-config"});
+  const Ran checked =
+      RunProgram(ZEROD_BINARY, {"--config", ZEROD_EXAMPLE_CONFIG, "--check-config"});
   EXPECT_EQ(checked.exit_code, 0) << checked.err;
   EXPECT_THAT(checked.out, HasSubstr("metrics_listen"));
   EXPECT_EQ(RunProgram(ZEROD_BINARY, {"--nonsense"}).exit_code, 2);
