@@ -14,7 +14,10 @@ namespace zerod::core {
 
 absl::Status Job::AppendEntries(const std::vector<Entry>& entries) {
   for (const Entry& e : entries) {
-    if (e.seq != next_seq_ || e.unit >= units_.size() || e.rank >= spec_.world) {
+    const bool known = e.kind >= EntryKind::kStart && e.kind <= EntryKind::kGeneration;
+    if (e.seq != next_seq_ || !known || e.unit >= units_.size() || e.rank >= spec_.world ||
+        e.origin >= spec_.members || !CheckRange(e.unit, e.begin, e.count).ok() ||
+        (e.kind == EntryKind::kCommit && e.decision.touched.size() != parameter_steps_.size())) {
       return absl::InternalError(absl::StrCat("the log has entry ", e.seq, " where ", next_seq_,
                                               " is next, or names what is not there"));
     }
@@ -203,6 +206,10 @@ void Job::StartCommit(const Entry& e) {
     Emit(DropGradients{});
     return ResetStep();
   }
+  // A client that sent STEP without waiting for its gathers gets none of them.
+  for (UnitState& u : units_) {
+    AnswerAll(&u.waiters, absl::CancelledError("STEP was sent before the gather was answered"));
+  }
   committed_ = e.step;
   step_result_ = {d.grad_norm, d.kind == Decision::Kind::kSkip};
   if (d.kind == Decision::Kind::kApply) ++applied_;
@@ -293,7 +300,7 @@ void Job::ResetStep() {
     u.reduced_round = u.reported_round = 0;
     u.accumulated = false;
     u.staged.clear();
-    u.reclaims.clear();
+    AnswerAll(&u.reclaims, absl::CancelledError("STEP was sent before the reclaim was answered"));
     u.touched.assign(spec_.layout->units()[i].parameters.size(), false);
   }
   step_reported_ = false;

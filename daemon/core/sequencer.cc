@@ -62,6 +62,7 @@ absl::Status Sequencer::OnReport(MemberIndex from, const Report& report, std::ve
   for (const ReportItem& item : report.items) {
     if (const auto* j = std::get_if<Joined>(&item)) {
       absl::Status status = OnJoined(from, *j);
+      members_[from].refused = !status.ok();
       if (!status.ok()) {
         *refused = status;
         return absl::OkStatus();
@@ -70,6 +71,8 @@ absl::Status Sequencer::OnReport(MemberIndex from, const Report& report, std::ve
       MaybeStart(out);
       continue;
     }
+    // It goes on reporting until it hears that it was refused.
+    if (members_[from].refused) continue;
     if (!members_[from].joined) return BadMessage(from, "it has not joined");
     if (const auto* f = std::get_if<Failed>(&item)) return f->status;
     // Stale generations change nothing.
@@ -231,7 +234,8 @@ absl::Status Sequencer::OnGradients(MemberIndex from, const GradientsReady& g,
 // handed over its own or has sent STEP, after which nothing follows.
 void Sequencer::AppendReduces(UnitIndex unit, std::vector<Entry>* out) {
   for (;;) {
-    const uint8_t round = reduced_round_[unit] + 1;
+    const uint32_t round = reduced_round_[unit] + 1u;
+    if (round > kRoundsMax) return;
     bool any = false;
     for (const MemberState& m : members_) {
       if (m.ready_round[unit] >= round) {
@@ -241,7 +245,7 @@ void Sequencer::AppendReduces(UnitIndex unit, std::vector<Entry>* out) {
       }
     }
     if (!any) return;
-    reduced_round_[unit] = round;
+    reduced_round_[unit] = static_cast<uint8_t>(round);
     Entry& e = Add(EntryKind::kReduceScatter, out);
     e.unit = unit;
     e.step = committed_ + 1;

@@ -36,6 +36,7 @@ class Sequencer {
  private:
   struct MemberState {
     bool joined = false;
+    bool refused = false;  // another layout, configuration or world
     std::optional<StepReady> step;
     std::optional<NormPart> norm;
     std::vector<uint8_t> ready_round;  // per unit

@@ -345,9 +345,7 @@ void Member::CheckPlan(const core::ApplyPlan& plan) const {
                          outcome.grad_norm));
   }
   double scale = 1.0 / s_.world();
-  if (s_.max_norm > 0 && outcome.grad_norm > s_.max_norm) {
-    scale *= s_.max_norm / (outcome.grad_norm + 1e-6);
-  }
+  if (s_.max_norm > 0) scale *= std::min(1.0, s_.max_norm / (outcome.grad_norm + 1e-6));
   if (std::fabs(plan.decision.grad_scale - scale) > 1e-9 * scale ||
       plan.decision.hyper.groups[0].lr != static_cast<double>(plan.step)) {
     Violate(absl::StrCat("step ", plan.step, ": another scale or learning rate than asked for"));

@@ -1,0 +1,147 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes that the simulation must catch: each is one edit of a source of daemon/core.
+
+mutants.py --list                 name and source of each, for CMake
+mutants.py --write NAME OUT       the source with that mistake in it
+mutants.py --run DIR              runs DIR/sim_mutant_NAME of each; fails where one is not caught
+"""
+import argparse
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+CORE = pathlib.Path(__file__).resolve().parents[2] / "daemon" / "core"
+
+# name, source, exact text, what stands there instead
+MUTANTS = [
+    ("no_generation_check", "sequencer.cc",
+     "if (report.generation != generation_) continue;", ""),
+    ("apply_twice", "job_log.cc",
+     "      Emit(StartApply{i, plan});\n",
+     "      Emit(StartApply{i, plan});\n      if (e.step == 2) Emit(StartApply{i, plan});\n"),
+    ("drop_scatter", "job_clients.cc",
+     "  if (last) {\n    ++s.marks[unit];",
+     "  if (last && !(slot == 1 && unit == 1)) {\n    ++s.marks[unit];"),
+    ("gather_from_old_copy", "job_clients.cc",
+     "  if (window_.Valid(unit, committed_)) {\n    Answer",
+     "  if (window_.Valid(unit, committed_) ||\n"
+     "      (committed_ > 0 && window_.Valid(unit, committed_ - 1)) ||\n"
+     "      (window_.version(unit) + 1 == committed_ &&\n"
+     "       window_.copy(unit) == Window::Copy::kAbsent)) {\n    Answer"),
+    ("keep_stale_copy", "job_log.cc",
+     "      window_.Retract(i, /*refill=*/window_.resident(i));\n      u.applying = true;",
+     "      if (window_.Valid(i, e.step - 1) && !window_.resident(i)) {\n"
+     "        window_.Publish(i, e.step);\n"
+     "      } else {\n        window_.Retract(i, window_.resident(i));\n      }\n"
+     "      u.applying = true;"),
+    ("evict_held_copy", "window.cc",
+     "  if (!port_->TryUnmap(u)) return false;\n",
+     "  if (!port_->TryUnmap(u)) port_->Retract(u), port_->TryUnmap(u);\n"),
+    ("commit_before_all_norms", "sequencer.cc",
+     "    if (!m.norm.has_value()) return;\n    nonfinite",
+     "    if (!m.norm.has_value()) continue;\n    nonfinite"),
+    ("forget_late_round", "job_clients.cc",
+     "  for (;;) {\n    const uint32_t round = u.reported_round + 1;",
+     "  for (; u.reported_round < 1;) {\n    const uint32_t round = u.reported_round + 1;"),
+    ("put_during_gather", "job_log.cc",
+     "return connected_ && u.exchanges == 0 && !u.applying && u.applied == committed_;",
+     "return connected_;"),
+    ("lose_publish", "job_log.cc",
+     "if (receiving_.erase(e.seq) != 0) PublishCopy(e.unit, e.step);",
+     "if (receiving_.erase(e.seq) != 0 && e.seq % 16 != 15) PublishCopy(e.unit, e.step);"),
+    ("node_sum_in_arrival_order", "job_clients.cc",
+     "    if (!before) return;\n", "    if (!before && spec_.node_sum) continue;\n"),
+    ("norm_without_reduces", "job_log.cc",
+     "    case EntryKind::kNorm:\n      return running_.empty();",
+     "    case EntryKind::kNorm:\n      return true;"),
+    ("commit_while_sending", "job_log.cc",
+     "      // What is being sent must not be rewritten under the sender.\n"
+     "      return running_.empty() && !norm_running_;",
+     "      return !norm_running_;"),
+    ("gather_before_apply", "job_log.cc",
+     "return connected_ && !u.writing && !u.applying && u.applied >= e.step;",
+     "return connected_ && !u.writing;"),
+    ("step_answered_early", "job_log.cc",
+     "  if (!finishing_step_ || applying_ != 0) return;", "  if (!finishing_step_) return;"),
+    ("generation_amid_apply", "job_log.cc",
+     "running_.empty() && !norm_running_ && applying_ == 0 && !finishing_step_ &&",
+     "running_.empty() && !norm_running_ &&"),
+    ("accumulate_over", "job_clients.cc",
+     "/*first=*/!u.accumulated});", "/*first=*/next.pass == 0});"),
+    ("untouched_applied", "job_log.cc",
+     "    if (!e.decision.touched[p]) continue;\n    ++parameter_steps_[p];",
+     "    ++parameter_steps_[p];\n    if (!e.decision.touched[p]) continue;"),
+    ("reclaim_too_early", "job_clients.cc",
+     "if (u.reducing == 0 && u.reduced_round >= slots_[w.slot].marks[unit]) {",
+     "if (u.reduced_round + 1u >= slots_[w.slot].marks[unit]) {"),
+    ("barrier_before_put", "job_log.cc",
+     "return r.second.kind == EntryKind::kPut; });",
+     "return r.second.kind == EntryKind::kPut && r.first == 0; });"),
+    ("no_retry_for_room", "job_log.cc",
+     "    RetryRoom();\n    Forecast();\n    return;", "    Forecast();\n    return;"),
+    ("refused_step_counts", "sequencer.cc",
+     "  if (kind == Decision::Kind::kRefuse) return AfterCommit(out);\n  ++committed_;",
+     "  ++committed_;\n  if (kind == Decision::Kind::kRefuse) return AfterCommit(out);"),
+    ("forget_member_down", "job.cc",
+     "state_ == JobState::kEnded || member == spec_.self) return;",
+     "state_ == JobState::kEnded || member <= spec_.members) return;"),
+]
+
+
+def mutated(source: str, old: str, new: str) -> str:
+    text = (CORE / source).read_text()
+    if text.count(old) != 1:
+        sys.exit(f"mutants.py: {source} has this text {text.count(old)} times, not once; "
+                 f"bring the mutation up to date:\n{old}")
+    return text.replace(old, new)
+
+
+def catch(name: str, directory: pathlib.Path, schedules_max: int) -> tuple[str, bool, str]:
+    """Runs the mutant on more and more schedules until it breaks an invariant."""
+    first, schedules, start = 1, 50, time.monotonic()
+    while first <= schedules_max:
+        done = subprocess.run(
+            [directory / f"sim_mutant_{name}", "--first", str(first), "--schedules",
+             str(schedules)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            timeout=300, check=False)
+        if done.returncode != 0:
+            line = next((x for x in done.stderr.splitlines() if x.startswith("VIOLATION")), None)
+            if line is None:
+                return name, False, f"ended with {done.returncode} and no verdict: {done.stderr}"
+            return name, True, f"{time.monotonic() - start:.1f} s, {line[:120]}"
+        first += schedules
+        schedules *= 2
+    return name, False, f"not caught in {first - 1} schedules"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--write", nargs=2, metavar=("NAME", "OUT"))
+    parser.add_argument("--run", type=pathlib.Path, metavar="DIR")
+    parser.add_argument("--schedules-max", type=int, default=12000)
+    args = parser.parse_args()
+    if args.list:
+        print(";".join(f"{name}={source}" for name, source, _, _ in MUTANTS))
+    if args.write:
+        name, out = args.write
+        for known, source, old, new in MUTANTS:
+            if known == name:
+                pathlib.Path(out).write_text(mutated(source, old, new))
+                return 0
+        sys.exit(f"mutants.py: there is no mutant '{name}'")
+    if args.run:
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            results = list(pool.map(lambda m: catch(m[0], args.run, args.schedules_max), MUTANTS))
+        for name, caught, text in results:
+            print(f"{'caught' if caught else 'MISSED'}  {name}: {text}")
+        return 0 if all(caught for _, caught, _ in results) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
