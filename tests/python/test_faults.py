@@ -121,7 +121,7 @@ def test_wrong_input_is_refused_and_hurts_nobody(tmp_path):
 
     with cluster.daemons(1) as running:
         with cluster.ranks(
-            "workers:train_and_report", running, 1, "other", steps=4000, config=BASE,
+            "workers:train_and_report", running, 1, "other", steps=10**6, config=BASE,
             progress=str(tmp_path / "p"),
         ) as trainers:
             wait_for_step([tmp_path / "p.0"], 2, trainers)
@@ -147,7 +147,7 @@ def test_wrong_input_is_refused_and_hurts_nobody(tmp_path):
             # A window below the largest set that must be readable at once.
             small = BASE | {"zero_optimization": {**BASE["zero_optimization"],
                                                   "stage3_max_live_parameters": 100}}
-            text = attach(running, model="stack", config=small)[0]
+            text = attach(running, model="tied_head", config=small)[0]
             assert re.match("FAILED_PRECONDITION|RESOURCE_EXHAUSTED|INVALID_ARGUMENT", text)
             assert "stage3_max_live_parameters" in text
             before = running[0].value("zerod_committed_step", job="other")
