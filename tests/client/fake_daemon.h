@@ -60,6 +60,10 @@ class FakeDaemon {
   // Completes a request that was left unanswered.
   void Complete(uint64_t cookie, uint64_t result = 0);
 
+  // What the handler did for requests that are answered has happened. (Answers come through shared
+  // memory, which thread sanitizers cannot follow from one mapping to the other.)
+  void Sync() { std::lock_guard<std::mutex> lock(mu_); }
+
   // All requests so far, oldest first. WaitForRequests returns once there are `count`.
   std::vector<shm::SubmitEntry> requests();
   void WaitForRequests(size_t count);

@@ -53,6 +53,7 @@ TEST(Gather, AsksForWhatIsNotValidAndHoldsItMeanwhile) {
   EXPECT_FALSE(client->TryGather(kB));
   EXPECT_EQ(daemon.hold(kB), 0u);
   ASSERT_TRUE(client->Gather(kB).ok());
+  daemon.Sync();
   EXPECT_EQ(hold_meanwhile, 1u);
   EXPECT_EQ(daemon.hold(kB), 1u);
   EXPECT_EQ(Data(*client, 4)[19999], 2.0f);

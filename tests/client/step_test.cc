@@ -100,9 +100,9 @@ TEST(PerRank, AUnitWithoutGradientsIsNeverScattered) {
 TEST(PerRank, LateGradientsWaitForReclaim) {
   FakeDaemon daemon;
   auto client = daemon.Attach();
-  uint64_t reclaim_result = 0;
+  std::atomic<uint64_t> reclaim_result{0};
   daemon.SetHandler([&](const shm::SubmitEntry&) {
-    return FakeDaemon::Reply{true, 0, "", reclaim_result};
+    return FakeDaemon::Reply{true, 0, "", reclaim_result.load()};
   });
   ASSERT_TRUE(Land(*client, 3, 1).ok());
   ASSERT_TRUE(client->Scatter(kA, true).ok());
@@ -142,6 +142,7 @@ TEST(PerRank, StepHandsOverTheRestAndForgets) {
     return FakeDaemon::Reply{};
   });
   ASSERT_TRUE(client->Step({}).ok());
+  daemon.Sync();
   const auto requests = daemon.requests();
   ASSERT_EQ(requests.size(), 3u);
   EXPECT_EQ(requests[0].unit, kB);
@@ -351,6 +352,7 @@ TEST(Step, CarriesTheRecordAndTheBlob) {
   request.blob = "random state";
   const absl::StatusOr<StepResult> result = client->Step(request);
   ASSERT_TRUE(result.ok()) << result.status();
+  daemon.Sync();
   EXPECT_TRUE(result->skipped);
   EXPECT_EQ(result->grad_norm, 12.5);
   EXPECT_EQ(record.max_norm, 1.5);
@@ -443,6 +445,7 @@ TEST(Values, PutAndReadGoInPieces) {
   std::vector<float> values(5000);
   for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i + 1);
   ASSERT_TRUE(client->Put(kB, 100, values.data(), values.size()).ok());
+  daemon.Sync();
   EXPECT_EQ(daemon.requests().size(), 3u);  // 2048 values each
   EXPECT_EQ(stored[100], 1.0f);
   EXPECT_EQ(stored[5099], 5000.0f);
