@@ -146,6 +146,13 @@ Partition::Partition(const Layout& layout, uint32_t members) : members_(members)
                      [&](MemberIndex a, MemberIndex b) { return load[a] < load[b]; });
     std::vector<uint64_t> blocks(members, unit.blocks / members);
     for (uint64_t i = 0; i < unit.blocks % members; ++i) ++blocks[order[i]];
+    // Short last blocks all fall to the later members: what has gathered is evened out.
+    const MemberIndex least = order.front();
+    const MemberIndex most = order.back();
+    if (load[most] - load[least] >= block && blocks[most] > 0 && unit.blocks % members == 0) {
+      --blocks[most];
+      ++blocks[least];
+    }
     uint64_t begin = 0;
     for (MemberIndex m = 0; m < members; ++m) {
       Range r{begin, std::min(begin + blocks[m] * block, unit.elements)};

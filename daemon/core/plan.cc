@@ -67,7 +67,10 @@ absl::StatusOr<WindowSpec> PlanWindow(const Config& config, const Layout& layout
     spec.resident[u] = spec.pinned[u] = persistent;
     if (persistent) pinned_chunks += units[u].chunks;
   }
-  const uint64_t live_chunks = ChunksFor(config.zero.max_live_parameters * element_bytes);
+  // More than all of them is as good as all of them, and does not overflow.
+  const uint64_t live_chunks =
+      ChunksFor(std::min(config.zero.max_live_parameters,
+                         layout.chunks() * kChunkBytes / element_bytes) * element_bytes);
   uint64_t base = pinned_chunks + live_chunks;
   if (limit_bytes != 0) base = std::min(base, limit_bytes / kChunkBytes);
   if (base >= layout.chunks()) {

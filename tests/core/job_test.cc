@@ -1,0 +1,401 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Single scenarios of the job, one event at a time. What only many schedules show is in tests/sim.
+#include "daemon/core/job.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "daemon/core/sequencer.h"
+#include "tests/core/models.h"
+
+namespace zerod::core {
+namespace {
+
+using ::testing::HasSubstr;
+
+class NoWindow : public WindowPort {
+ public:
+  void Map(UnitIndex, const std::vector<uint32_t>&) override {}
+  void Publish(UnitIndex, Step) override {}
+  void Retract(UnitIndex) override {}
+  bool TryUnmap(UnitIndex) override { return true; }
+  absl::Status Grow(uint64_t) override { return absl::OkStatus(); }
+  std::vector<SlotIndex> Holders(UnitIndex) override { return {}; }
+};
+
+JobSpec Spec(uint32_t members, uint32_t local_world, MemberIndex self = 0) {
+  JobSpec spec;
+  spec.id = "test";
+  auto layout = std::make_shared<const Layout>(Units({1000, 2000, 3000}));
+  spec.layout = layout;
+  spec.members = members;
+  spec.self = self;
+  spec.local_world = local_world;
+  spec.world = members * local_world;
+  spec.stage = 3;
+  spec.window.pinned.assign(3, false);
+  spec.window.resident.assign(3, false);
+  spec.window.base_chunks = spec.window.max_chunks = 3;
+  return spec;
+}
+
+HyperParameters Hyper(double lr) {
+  HyperParameters h;
+  h.groups.resize(1);
+  h.groups[0].lr = lr;
+  return h;
+}
+
+// One member whose engine is the test.
+class JobTest : public ::testing::Test {
+ protected:
+  void Make(JobSpec spec) { job_ = std::make_unique<Job>(std::move(spec), &window_); }
+  void Attach(uint32_t clients) {
+    for (SlotIndex i = 0; i < clients; ++i) ASSERT_TRUE(job_->OnAttach(i, i).ok());
+    job_->OnConnected(absl::OkStatus());
+  }
+  // Actions of one kind since the last call; the others are kept for later.
+  template <typename A>
+  std::vector<A> Take() {
+    for (Action& a : job_->TakeActions()) actions_.push_back(std::move(a));
+    std::vector<A> found;
+    std::erase_if(actions_, [&](const Action& a) {
+      if (!std::holds_alternative<A>(a)) return false;
+      found.push_back(std::get<A>(a));
+      return true;
+    });
+    return found;
+  }
+  // The status with which a request was answered, or UNKNOWN while it was not.
+  absl::Status Answer(uint64_t cookie) {
+    for (Complete& c : Take<Complete>()) answers_.emplace(c.cookie, std::move(c));
+    const auto it = answers_.find(cookie);
+    return it == answers_.end() ? absl::UnknownError("no answer") : it->second.status;
+  }
+  // Finishes every transfer and everything of the step that the job asks for.
+  void RunEngine() {
+    for (bool any = true; any;) {
+      any = false;
+      for (const auto& a : Take<StartAllGather>()) any = true, job_->OnEntryDone(a.seq, {});
+      for (const auto& a : Take<StartReduce>()) any = true, job_->OnEntryDone(a.seq, {});
+      for (const auto& a : Take<ComputeNorm>()) any = true, job_->OnNormDone(a.step, NormPart{});
+      for (const auto& a : Take<StartAccumulate>()) {
+        any = true;
+        job_->OnAccumulateDone(a.unit, a.slot);
+      }
+      for (const auto& a : Take<StartApply>()) {
+        any = true;
+        applied_.emplace_back(a.plan->step, a.unit);
+        job_->OnApplyDone(a.unit, a.plan->step);
+      }
+    }
+  }
+
+  NoWindow window_;
+  std::unique_ptr<Job> job_;
+  std::vector<Action> actions_;
+  std::map<uint64_t, Complete> answers_;
+  std::vector<std::pair<Step, UnitIndex>> applied_;
+};
+
+TEST_F(JobTest, AStepAppliesWhatWasTouchedOnce) {
+  Make(Spec(1, 2));
+  Attach(2);
+  job_->OnScatter(0, 0, 1, 1, /*last=*/true, 0, {true});
+  job_->OnStep(0, 11, 1, Hyper(1), {});
+  RunEngine();
+  EXPECT_TRUE(absl::IsUnknown(Answer(11)));
+  job_->OnStep(1, 12, 1, Hyper(1), {});
+  RunEngine();
+  EXPECT_TRUE(Answer(11).ok());
+  EXPECT_TRUE(Answer(12).ok());
+  EXPECT_EQ(applied_, (std::vector<std::pair<Step, UnitIndex>>{{1, 1}}));
+  EXPECT_EQ(job_->committed(), 1u);
+  // Asked again, it is there; a step beyond the next is an error.
+  job_->OnStep(0, 13, 1, Hyper(1), {});
+  EXPECT_TRUE(Answer(13).ok());
+  job_->OnStep(0, 14, 3, Hyper(1), {});
+  EXPECT_TRUE(absl::IsFailedPrecondition(Answer(14)));
+}
+
+TEST_F(JobTest, DisagreementNamesTheRanksAndUsesNoStepUp) {
+  Make(Spec(1, 2));
+  Attach(2);
+  job_->OnScatter(0, 0, 1, 1, true, 0, {true});
+  job_->OnStep(0, 11, 1, Hyper(1), {});
+  job_->OnStep(1, 12, 1, Hyper(2), {});
+  RunEngine();
+  EXPECT_THAT(std::string(Answer(11).message()), HasSubstr("the ranks 1 and 0 disagree"));
+  EXPECT_TRUE(absl::IsFailedPrecondition(Answer(12)));
+  EXPECT_EQ(job_->committed(), 0u);
+  EXPECT_EQ(Take<DropGradients>().size(), 1u);
+  job_->OnStep(0, 13, 1, Hyper(1), {});
+  job_->OnStep(1, 14, 1, Hyper(1), {});
+  RunEngine();
+  EXPECT_TRUE(Answer(14).ok());
+  EXPECT_TRUE(applied_.empty());  // the refused step's gradients are gone
+}
+
+TEST_F(JobTest, NonsenseFromAClientIsItsOwnError) {
+  Make(Spec(1, 1));
+  job_->OnGather(0, 1, 0, 1);   // nobody is attached
+  job_->OnGather(77, 1, 0, 1);
+  job_->OnRelease(77, 0);
+  job_->OnClientGone(77, "");
+  EXPECT_TRUE(Take<Complete>().empty());
+  Attach(1);
+  job_->OnGather(0, 2, 99, 1);
+  EXPECT_TRUE(absl::IsInvalidArgument(Answer(2)));
+  job_->OnGather(0, 3, 0, 7);
+  EXPECT_TRUE(absl::IsFailedPrecondition(Answer(3)));
+  job_->OnScatter(0, 4, 0, 1, true, 0, {true, true});
+  EXPECT_TRUE(absl::IsInvalidArgument(Answer(4)));
+  job_->OnPut(0, 5, 0, 1000, UINT64_MAX);
+  EXPECT_TRUE(absl::IsInvalidArgument(Answer(5)));
+  job_->OnRead(0, 6, 0, 2000, 1, StateKind::kMaster);
+  EXPECT_TRUE(absl::IsInvalidArgument(Answer(6)));
+  job_->OnRead(0, 7, 0, 0, 1, static_cast<StateKind>(9));
+  EXPECT_TRUE(absl::IsInvalidArgument(Answer(7)));
+  job_->OnScalar(0, 8, {ScalarOp::kSum, std::vector<double>(65)});
+  EXPECT_TRUE(absl::IsInvalidArgument(Answer(8)));
+  job_->OnReclaim(0, 9, 0, 1);
+  EXPECT_TRUE(absl::IsFailedPrecondition(Answer(9)));
+  HyperParameters none;
+  job_->OnStep(0, 10, 1, none, {});
+  EXPECT_THAT(std::string(Answer(10).message()), HasSubstr("in group 0"));
+  EXPECT_EQ(job_->state(), JobState::kRunning);
+}
+
+// The 256th round does not fit into a byte: it must neither be counted as 0 nor append for ever.
+TEST_F(JobTest, RoundsOfAStepAreBounded) {
+  Make(Spec(1, 1));
+  Attach(1);
+  for (uint32_t round = 1; round <= kRoundsMax + 3; ++round) {
+    job_->OnScatter(0, 1000 + round, 0, 1, true, 0, {true});
+    RunEngine();
+    EXPECT_EQ(Answer(1000 + round).ok(), round <= kRoundsMax) << round;
+  }
+  job_->OnStep(0, 1, 1, Hyper(1), {});
+  RunEngine();
+  EXPECT_TRUE(Answer(1).ok());
+}
+
+// Each waits for the other's mark of a unit that it does not use.
+TEST_F(JobTest, ReclaimsOfDivergentRanksDoNotWaitForEachOther) {
+  Make(Spec(1, 2));
+  Attach(2);
+  job_->OnScatter(0, 0, 0, 1, true, 0, {true});
+  job_->OnScatter(1, 0, 1, 1, true, 0, {true});
+  job_->OnReclaim(0, 21, 0, 1);
+  RunEngine();
+  EXPECT_TRUE(absl::IsUnknown(Answer(21)));
+  job_->OnReclaim(1, 22, 1, 1);
+  RunEngine();
+  EXPECT_TRUE(Answer(21).ok());
+  EXPECT_TRUE(Answer(22).ok());
+  // What comes later for the other's unit is of the next round.
+  EXPECT_EQ(job_->NextRound(0, 1), 2u);
+}
+
+TEST_F(JobTest, NodeSumAddsByMicroStepThenRank) {
+  JobSpec spec = Spec(1, 2);
+  spec.node_sum = true;
+  Make(spec);
+  Attach(2);
+  job_->OnScatter(1, 31, 0, 1, false, 500, {true});
+  job_->OnScatter(1, 32, 0, 1, true, 600, {true});
+  EXPECT_TRUE(Take<StartAccumulate>().empty());  // rank 0's first micro-step comes before
+  job_->OnScatter(0, 33, 0, 1, false, 700, {true});
+  std::vector<uint64_t> order;
+  job_->OnStep(0, 34, 1, Hyper(1), {});
+  for (auto next = Take<StartAccumulate>(); !next.empty(); next = Take<StartAccumulate>()) {
+    ASSERT_EQ(next.size(), 1u);
+    EXPECT_EQ(next[0].first, order.empty());
+    order.push_back(next[0].staging_offset);
+    job_->OnAccumulateDone(next[0].unit, next[0].slot);
+  }
+  EXPECT_EQ(order, (std::vector<uint64_t>{700, 500, 600}));
+  job_->OnStep(1, 35, 1, Hyper(1), {});
+  RunEngine();
+  EXPECT_TRUE(Answer(34).ok() && Answer(35).ok());
+  EXPECT_EQ(applied_.size(), 1u);
+}
+
+// STEP is the mark of what was scattered without one.
+TEST_F(JobTest, GradientsWithoutALastScatterCount) {
+  JobSpec spec = Spec(1, 1);
+  spec.node_sum = true;
+  Make(spec);
+  Attach(1);
+  job_->OnScatter(0, 41, 2, 1, /*last=*/false, 0, {true});
+  job_->OnStep(0, 42, 1, Hyper(1), {});
+  size_t reduces = 0;
+  for (int i = 0; i < 5; ++i) {
+    for (const auto& a : Take<StartAccumulate>()) job_->OnAccumulateDone(a.unit, a.slot);
+    for (const auto& a : Take<StartReduce>()) {
+      ++reduces;
+      job_->OnEntryDone(a.seq, absl::OkStatus());
+    }
+  }
+  EXPECT_EQ(reduces, 1u);
+  RunEngine();
+  EXPECT_EQ(applied_, (std::vector<std::pair<Step, UnitIndex>>{{1, 2}}));
+}
+
+TEST_F(JobTest, ADeathWakesTheOthersWithTheStepThatStands) {
+  Make(Spec(1, 2));
+  Attach(2);
+  job_->OnScalar(0, 51, {});
+  job_->OnClientGone(1, "killed by signal 9");
+  const std::vector<FailSlot> failed = Take<FailSlot>();
+  ASSERT_EQ(failed.size(), 1u);
+  EXPECT_EQ(failed[0].slot, 0u);
+  EXPECT_TRUE(absl::IsAborted(failed[0].status));
+  EXPECT_THAT(std::string(failed[0].status.message()),
+              HasSubstr("rank 1 of job 'test' is gone (killed by signal 9)"));
+  EXPECT_EQ(job_->generation(), 2u);
+  EXPECT_TRUE(job_->OnAttach(1, 1).ok());
+  EXPECT_TRUE(absl::IsAlreadyExists(job_->OnAttach(0, 0)));  // the survivor still lives
+  job_->OnClientGone(0, "");
+  EXPECT_TRUE(job_->OnAttach(0, 0).ok());
+  EXPECT_EQ(job_->state(), JobState::kRunning);
+}
+
+TEST_F(JobTest, ADeathDuringAnAccumulationEndsTheGenerationAfterIt) {
+  JobSpec spec = Spec(1, 2);
+  spec.node_sum = true;
+  Make(spec);
+  Attach(2);
+  job_->OnScatter(0, 61, 0, 1, true, 0, {true});
+  ASSERT_EQ(Take<StartAccumulate>().size(), 1u);
+  job_->OnClientGone(1, "killed");
+  EXPECT_EQ(job_->generation(), 1u);
+  job_->OnAccumulateDone(0, 0);
+  EXPECT_EQ(job_->generation(), 2u);
+}
+
+TEST_F(JobTest, ADeathWhileTheGenerationFormsIsLikeNotHavingCome) {
+  Make(Spec(1, 2));
+  ASSERT_TRUE(job_->OnAttach(0, 0).ok());
+  job_->OnScalar(0, 71, {});
+  job_->OnClientGone(0, "killed");
+  EXPECT_EQ(job_->WaitingFor(), "rank 0, rank 1 has not come");
+  ASSERT_TRUE(job_->OnAttach(0, 0).ok());
+  job_->OnScalar(0, 72, {});
+  ASSERT_TRUE(job_->OnAttach(1, 1).ok());
+  job_->OnScalar(1, 73, {});
+  EXPECT_TRUE(absl::IsUnknown(Answer(71)));  // the dead one's request is nobody's
+  EXPECT_TRUE(Answer(72).ok());
+  EXPECT_TRUE(Answer(73).ok());
+  EXPECT_EQ(job_->generation(), 1u);
+}
+
+TEST_F(JobTest, ARankThatLeavesLeavesNobodyWaiting) {
+  JobSpec spec = Spec(1, 2);
+  spec.node_sum = true;
+  Make(spec);
+  Attach(2);
+  job_->OnScatter(1, 81, 0, 1, true, 0, {true});  // waits for rank 0's
+  job_->OnScalar(1, 82, {});
+  job_->OnDetach(0, 83);
+  EXPECT_TRUE(Answer(83).ok());
+  EXPECT_THAT(std::string(Answer(81).message()), HasSubstr("rank 0 has left the job"));
+  EXPECT_TRUE(absl::IsFailedPrecondition(Answer(82)));
+  job_->OnScatter(1, 84, 0, 1, true, 0, {true});
+  EXPECT_TRUE(absl::IsFailedPrecondition(Answer(84)));
+  job_->OnStep(1, 85, 1, Hyper(1), {});
+  EXPECT_TRUE(absl::IsFailedPrecondition(Answer(85)));
+  job_->OnGather(1, 86, 0, 1);
+  RunEngine();
+  EXPECT_TRUE(Answer(86).ok());  // needs no other rank
+  job_->OnDetach(1, 87);
+  const std::vector<End> end = Take<End>();
+  ASSERT_EQ(end.size(), 1u);
+  EXPECT_TRUE(end[0].status.ok());
+}
+
+TEST_F(JobTest, WhatAClientDoesNotWaitForIsAnsweredAtTheStep) {
+  Make(Spec(1, 1));
+  Attach(1);
+  job_->OnGather(0, 91, 0, 1);
+  job_->OnStep(0, 92, 1, Hyper(1), {});
+  RunEngine();
+  EXPECT_FALSE(absl::IsUnknown(Answer(91)));
+  EXPECT_TRUE(Answer(92).ok());
+}
+
+// --- Several members: this one is member 0, the others are the test.
+
+class Member0Test : public JobTest {
+ protected:
+  void SetUp() override {
+    Make(Spec(2, 1));
+    ASSERT_TRUE(job_->OnAttach(0, 0).ok());
+  }
+  Joined Hello() { return {job_->spec().layout->hash(), {}, 2, 2}; }
+  void From1(std::vector<ReportItem> items, uint64_t generation = 1) {
+    job_->OnMessage(1, Report{generation, std::move(items)});
+  }
+};
+
+TEST_F(Member0Test, AMemberOfAnotherModelIsRefusedAlone) {
+  Joined other = Hello();
+  other.layout.low ^= 1;
+  // It reports on until it hears of it.
+  From1({other, ClientAttached{1}});
+  From1({ClientAttached{1}});
+  const std::vector<Send> sent = Take<Send>();
+  ASSERT_EQ(sent.size(), 1u);
+  EXPECT_THAT(std::string(std::get<FailJob>(sent[0].message).status.message()),
+              HasSubstr("another layout"));
+  EXPECT_EQ(job_->state(), JobState::kForming);
+  From1({Hello(), ClientAttached{1}});
+  EXPECT_EQ(job_->state(), JobState::kRunning);
+}
+
+TEST_F(Member0Test, StaleGenerationsChangeNothing) {
+  From1({Hello(), ClientAttached{1}});
+  From1({ClientGone{1, false, "killed"}});
+  EXPECT_EQ(job_->generation(), 2u);
+  From1({StepReady{}, GradientsReady{9, 9, 9}, ScalarReady{1, {1}, {{}}}}, 1);
+  EXPECT_EQ(job_->state(), JobState::kForming);
+}
+
+TEST_F(Member0Test, MessagesThatMakeNoSenseEndTheJobAndNotTheProcess) {
+  From1({Hello(), ClientAttached{1}});
+  From1({GradientsReady{99, 1, 1}});
+  EXPECT_EQ(job_->state(), JobState::kFailed);
+  EXPECT_TRUE(absl::IsInternal(job_->failure()));
+}
+
+TEST(LogTest, EntriesThatMakeNoSenseEndTheJobAndNotTheProcess) {
+  std::vector<Entry> bad(5);
+  bad[0].seq = 2;
+  bad[1].kind = static_cast<EntryKind>(99);
+  bad[2].unit = 3;
+  bad[3].kind = EntryKind::kCommit;  // without touched bits
+  bad[4].kind = EntryKind::kPut;
+  bad[4].begin = 1;
+  bad[4].count = UINT64_MAX;
+  for (size_t i = 0; i < bad.size(); ++i) {
+    NoWindow window;
+    Job job(Spec(2, 1, /*self=*/1), &window);
+    if (i != 0) bad[i].seq = 1;
+    job.OnMessage(0, Append{{bad[i]}});
+    EXPECT_EQ(job.state(), JobState::kFailed) << i;
+  }
+}
+
+TEST_F(Member0Test, AMembersDeathFailsEveryClientAndSaysWhatWasLost) {
+  From1({Hello(), ClientAttached{1}});
+  job_->OnMemberDown(1, absl::UnavailableError("its link was silent for 5 s"));
+  const std::vector<FailSlot> failed = Take<FailSlot>();
+  ASSERT_EQ(failed.size(), 1u);
+  EXPECT_THAT(std::string(failed[0].status.message()), HasSubstr("lost the shards of member 1"));
+  EXPECT_FALSE(Take<Send>().empty());
+  EXPECT_TRUE(absl::IsFailedPrecondition(job_->OnAttach(0, 0)));
+}
+
+}  // namespace
+}  // namespace zerod::core
