@@ -170,6 +170,7 @@ class JobRunnerImpl : public JobRunner {
   bool norm_was_needed_ = false;
   std::optional<absl::Time> first_step_at_;     // the oldest unanswered STEP
   std::optional<absl::Time> forming_since_;     // some client waits for the others
+  bool was_occupied_ = false;  // some trainer has attached
   std::optional<absl::Time> deserted_since_;    // no client's process lives
   std::vector<std::pair<std::string, uint64_t>> memory_;  // bytes reserved, by kind
   double last_step_seconds_ = 0;

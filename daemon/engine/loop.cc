@@ -124,9 +124,15 @@ absl::Duration JobRunnerImpl::CheckTimers() {
     next = std::min(next, left);
     return false;
   };
-  if (expired(LivingProcesses() == 0, &deserted_since_, config.linger_seconds)) {
+  const bool deserted = LivingProcesses() == 0;
+  was_occupied_ |= AttachedClients() > 0;
+  // The trainer that made the job is about to attach, however short a dead one is waited for.
+  const double linger_seconds =
+      was_occupied_ ? config.linger_seconds
+                    : std::max(config.linger_seconds, config.attach_timeout_seconds);
+  if (expired(deserted, &deserted_since_, linger_seconds)) {
     job_->OnFail(absl::DeadlineExceededError(absl::StrCat(
-        "no trainer of job '", request_.id, "' has come back within ", config.linger_seconds,
+        "no trainer of job '", request_.id, "' has come back within ", linger_seconds,
         " seconds (zerod.linger_seconds): its state is freed")));
   } else if (expired(job_->state() == core::JobState::kForming && AttachedClients() > 0,
                      &forming_since_, config.attach_timeout_seconds)) {

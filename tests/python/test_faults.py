@@ -22,7 +22,7 @@ STEPS = 30
 
 
 def wait_for_step(paths, step, running, seconds=60):
-    """Until every rank has reported `step`. Ends early where one has ended."""
+    """Until every rank has reported `step`."""
     import select
 
     fds = [os.pidfd_open(rank.pid) for rank in running]
@@ -35,8 +35,9 @@ def wait_for_step(paths, step, running, seconds=60):
             if all(any(line["step"] >= step for line in of_rank) for of_rank in lines):
                 return
             if poller.poll(10):
-                return
-        raise AssertionError(f"step {step} did not come:\n" + running[0].text()[-3000:])
+                break
+        texts = "\n".join(rank.text()[-3000:] for rank in running)
+        raise AssertionError(f"step {step} did not come:\n{texts}")
     finally:
         for fd in fds:
             os.close(fd)
