@@ -7,11 +7,11 @@
 #include <sys/epoll.h>
 
 #include <algorithm>
+#include <future>
 #include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/synchronization/notification.h"
 #include "base/check.h"
 #include "base/hash.h"
 #include "base/status.h"
@@ -207,12 +207,14 @@ void JobRunnerImpl::ReportMemory() {
 
 void JobRunnerImpl::Call(const std::function<void()>& closure) {
   CHECK(std::this_thread::get_id() != loop_.get_id()) << "the loop cannot wait for itself";
-  absl::Notification done;
-  mailbox_->Post([&] {
+  // Shared: the loop may still be inside set_value() when the caller goes on.
+  auto done = std::make_shared<std::promise<void>>();
+  std::future<void> answered = done->get_future();
+  mailbox_->Post([&closure, done] {
     closure();
-    done.Notify();
+    done->set_value();
   });
-  done.WaitForNotification();
+  answered.wait();
 }
 
 // On the loop: takes the place in core, so that nobody allocates in vain.

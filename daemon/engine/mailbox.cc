@@ -24,7 +24,7 @@ absl::StatusOr<std::unique_ptr<Mailbox>> Mailbox::Create() {
 }
 
 void Mailbox::Post(std::function<void()> closure) {
-  absl::MutexLock lock(&mu_);
+  const std::lock_guard<std::mutex> lock(mu_);
   closures_.push_back(std::move(closure));
   // Under the lock: the owner may be destroyed as soon as this closure has run.
   if (closures_.size() == 1) {
@@ -35,7 +35,7 @@ void Mailbox::Post(std::function<void()> closure) {
 }
 
 std::vector<std::function<void()>> Mailbox::Take() {
-  absl::MutexLock lock(&mu_);
+  const std::lock_guard<std::mutex> lock(mu_);
   if (closures_.empty()) return {};
   uint64_t count;
   const ssize_t got = read(wake_.get(), &count, sizeof(count));

@@ -6,11 +6,10 @@
 
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <vector>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
-#include "absl/synchronization/mutex.h"
 #include "proto/shm/fd_passing.h"
 
 namespace zerod::engine {
@@ -32,8 +31,8 @@ class Mailbox {
   explicit Mailbox(shm::UniqueFd wake) : wake_(std::move(wake)) {}
 
   const shm::UniqueFd wake_;
-  absl::Mutex mu_;
-  std::vector<std::function<void()>> closures_ ABSL_GUARDED_BY(mu_);
+  std::mutex mu_;
+  std::vector<std::function<void()>> closures_;  // guarded by mu_
 };
 
 }  // namespace zerod::engine

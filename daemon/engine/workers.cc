@@ -38,43 +38,43 @@ absl::Status Workers::Run(size_t parts, std::function<void(size_t)> part,
   work->parts = work->left = parts;
   work->part = std::move(part);
   work->done = std::move(done);
-  absl::MutexLock lock(&mu_);
+  const std::lock_guard<std::mutex> lock(mu_);
   if (unfinished_ >= queue_max_) {
     return absl::ResourceExhaustedError(absl::StrCat(
         "the job's worker queue is full (", queue_max_, " pieces of work under way)"));
   }
   ++unfinished_;
   queue_.push_back(std::move(work));
+  changed_.notify_all();
   return absl::OkStatus();
 }
 
 void Workers::Loop() {
-  const auto ready = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) { return stop_ || !queue_.empty(); };
-  mu_.Lock();
+  std::unique_lock<std::mutex> lock(mu_);
   while (true) {
-    mu_.Await(absl::Condition(&ready));
-    if (stop_) break;
+    changed_.wait(lock, [this] { return stop_ || !queue_.empty(); });
+    if (stop_) return;
     const std::shared_ptr<Work> work = queue_.front();
     const size_t part = work->next++;
     if (work->next == work->parts) queue_.pop_front();
-    mu_.Unlock();
+    lock.unlock();
     work->part(part);
     FlushStores();
-    mu_.Lock();
+    lock.lock();
     if (--work->left > 0) continue;
     --unfinished_;
-    mu_.Unlock();
+    lock.unlock();
     work->part = nullptr;  // what it keeps alive ends before the loop hears of it
     mailbox_->Post(std::move(work->done));
-    mu_.Lock();
+    lock.lock();
   }
-  mu_.Unlock();
 }
 
 void Workers::Stop() {
   {
-    absl::MutexLock lock(&mu_);
+    const std::lock_guard<std::mutex> lock(mu_);
     stop_ = true;
+    changed_.notify_all();
   }
   for (std::thread& thread : threads_) {
     if (thread.joinable()) thread.join();

@@ -4,16 +4,16 @@
 // first in, first out, each part by whichever thread is free; results go to the loop.
 #pragma once
 
+#include <condition_variable>
 #include <cstdint>
 #include <deque>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
-#include "absl/synchronization/mutex.h"
 #include "daemon/engine/mailbox.h"
 
 namespace zerod::engine {
@@ -45,10 +45,11 @@ class Workers {
 
   const size_t queue_max_;
   Mailbox* const mailbox_;
-  absl::Mutex mu_;
-  bool stop_ ABSL_GUARDED_BY(mu_) = false;
-  size_t unfinished_ ABSL_GUARDED_BY(mu_) = 0;
-  std::deque<std::shared_ptr<Work>> queue_ ABSL_GUARDED_BY(mu_);  // with parts to be taken
+  std::mutex mu_;  // guards the next four
+  std::condition_variable changed_;
+  bool stop_ = false;
+  size_t unfinished_ = 0;
+  std::deque<std::shared_ptr<Work>> queue_;  // with parts to be taken
   std::vector<std::thread> threads_;
 };
 

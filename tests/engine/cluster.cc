@@ -7,6 +7,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
@@ -19,26 +20,26 @@ class FakeJobMetrics : public metrics::JobMetrics {
  public:
   explicit FakeJobMetrics(FakeMetrics* all) : all_(all) {}
   void Observe(metrics::Latency what, double) override {
-    absl::MutexLock lock(&all_->mu_);
+    const std::lock_guard<std::mutex> lock(all_->mu_);
     ++all_->observed_[what];
   }
   void Add(metrics::Traffic what, uint64_t bytes) override {
-    absl::MutexLock lock(&all_->mu_);
+    const std::lock_guard<std::mutex> lock(all_->mu_);
     all_->traffic_[what] += bytes;
   }
   void SetMemory(const std::string& kind, uint64_t bytes) override {
-    absl::MutexLock lock(&all_->mu_);
+    const std::lock_guard<std::mutex> lock(all_->mu_);
     all_->memory_[kind] = bytes;
   }
   void SetClients(uint32_t) override {}
   void SetStep(uint64_t committed, uint64_t, uint64_t) override {
-    absl::MutexLock lock(&all_->mu_);
+    const std::lock_guard<std::mutex> lock(all_->mu_);
     all_->committed_ = committed;
   }
   void SetWaiting(const std::string&, uint64_t) override {}
   void CountWindowGrowth(uint64_t) override {}
   void CountClientDeath() override {
-    absl::MutexLock lock(&all_->mu_);
+    const std::lock_guard<std::mutex> lock(all_->mu_);
     ++all_->deaths_;
   }
 
@@ -50,26 +51,26 @@ std::unique_ptr<metrics::JobMetrics> FakeMetrics::ForJob(const std::string&) {
   return std::make_unique<FakeJobMetrics>(this);
 }
 uint64_t FakeMetrics::observed(metrics::Latency what) const {
-  absl::MutexLock lock(&mu_);
+  const std::lock_guard<std::mutex> lock(mu_);
   const auto it = observed_.find(what);
   return it == observed_.end() ? 0 : it->second;
 }
 uint64_t FakeMetrics::traffic(metrics::Traffic what) const {
-  absl::MutexLock lock(&mu_);
+  const std::lock_guard<std::mutex> lock(mu_);
   const auto it = traffic_.find(what);
   return it == traffic_.end() ? 0 : it->second;
 }
 uint64_t FakeMetrics::memory(const std::string& kind) const {
-  absl::MutexLock lock(&mu_);
+  const std::lock_guard<std::mutex> lock(mu_);
   const auto it = memory_.find(kind);
   return it == memory_.end() ? 0 : it->second;
 }
 uint64_t FakeMetrics::deaths() const {
-  absl::MutexLock lock(&mu_);
+  const std::lock_guard<std::mutex> lock(mu_);
   return deaths_;
 }
 uint64_t FakeMetrics::committed() const {
-  absl::MutexLock lock(&mu_);
+  const std::lock_guard<std::mutex> lock(mu_);
   return committed_;
 }
 
@@ -111,7 +112,7 @@ class Cluster::Sender : public PeerSender {
  public:
   Sender(Cluster* cluster, uint32_t self) : cluster_(cluster), self_(self) {}
   void Send(core::MemberIndex to, core::Message message) override {
-    absl::MutexLock lock(&cluster_->mu_);
+    const std::lock_guard<std::mutex> lock(cluster_->mu_);
     if (cluster_->reachable_[to] != nullptr) {
       cluster_->reachable_[to]->PeerMessage(self_, std::move(message));
     }
@@ -130,7 +131,7 @@ Cluster::Cluster(ClusterOptions options) : options_(std::move(options)) {
   CHECK(layout.ok()) << layout.status().ToString();
   layout_ = std::make_shared<const core::Layout>(*std::move(layout));
   {
-    absl::MutexLock lock(&mu_);
+    const std::lock_guard<std::mutex> lock(mu_);
     reachable_.resize(options_.members);
     ended_.resize(options_.members);
   }
@@ -152,20 +153,21 @@ Cluster::Cluster(ClusterOptions options) : options_(std::move(options)) {
     absl::StatusOr<std::unique_ptr<JobRunner>> runner =
         JobRunner::Create(request, arenas_[m].get(), senders_[m].get(), metrics_[m].get(),
                           [this, m](absl::Status status) {
-                            absl::MutexLock lock(&mu_);
+                            const std::lock_guard<std::mutex> lock(mu_);
                             CHECK(!ended_[m].has_value()) << "ended twice";
                             ended_[m] = std::move(status);
+                            changed_.notify_all();
                           });
     CHECK(runner.ok()) << runner.status().ToString();
     runners_.push_back(*std::move(runner));
-    absl::MutexLock lock(&mu_);
+    const std::lock_guard<std::mutex> lock(mu_);
     reachable_[m] = runners_[m].get();
   }
 }
 
 Cluster::~Cluster() {
   {
-    absl::MutexLock lock(&mu_);
+    const std::lock_guard<std::mutex> lock(mu_);
     for (JobRunner*& runner : reachable_) runner = nullptr;
   }
   rendezvous_.Close();
@@ -206,11 +208,9 @@ void Cluster::RunClients(const std::function<void(uint32_t, FakeClient&)>& body)
 }
 
 absl::Status Cluster::WaitForEnd(uint32_t member) {
-  const auto ended = [this, member]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
-    return ended_[member].has_value();
-  };
-  absl::MutexLock lock(&mu_);
-  if (!mu_.AwaitWithTimeout(absl::Condition(&ended), absl::Minutes(1))) {
+  std::unique_lock<std::mutex> lock(mu_);
+  if (!changed_.wait_for(lock, std::chrono::minutes(1),
+                         [&] { return ended_[member].has_value(); })) {
     return absl::UnknownError("the job has not ended");
   }
   return *ended_[member];

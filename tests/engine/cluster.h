@@ -4,13 +4,15 @@
 // directly, clients as threads or forked processes.
 #pragma once
 
+#include <condition_variable>
 #include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
-#include "absl/synchronization/mutex.h"
 #include "daemon/engine/job_runner.h"
 #include "daemon/fabric/rendezvous.h"
 #include "tests/engine/fake_client.h"
@@ -32,7 +34,7 @@ class FakeMetrics : public metrics::Metrics {
 
  private:
   friend class FakeJobMetrics;
-  mutable absl::Mutex mu_;
+  mutable std::mutex mu_;  // guards the rest
   std::map<metrics::Latency, uint64_t> observed_;
   std::map<metrics::Traffic, uint64_t> traffic_;
   std::map<std::string, uint64_t> memory_;
@@ -93,9 +95,10 @@ class Cluster {
   std::vector<std::unique_ptr<FakeMetrics>> metrics_;
   std::vector<std::unique_ptr<Sender>> senders_;
   std::vector<std::unique_ptr<JobRunner>> runners_;
-  absl::Mutex mu_;
-  std::vector<std::optional<absl::Status>> ended_ ABSL_GUARDED_BY(mu_);
-  std::vector<JobRunner*> reachable_ ABSL_GUARDED_BY(mu_);
+  std::mutex mu_;  // guards the rest
+  std::condition_variable changed_;
+  std::vector<std::optional<absl::Status>> ended_;
+  std::vector<JobRunner*> reachable_;
 };
 
 // embed, `blocks` like siblings h.0 ... with two parameters each, a frozen parameter, a norm.

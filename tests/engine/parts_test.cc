@@ -3,9 +3,9 @@
 // The engine's parts one by one: workers, scattered copies, window words, pieces.
 #include <atomic>
 #include <cstring>
+#include <mutex>
 #include <numeric>
 
-#include "absl/synchronization/mutex.h"
 #include "daemon/engine/movements.h"
 #include "daemon/engine/window_files.h"
 #include "daemon/engine/workers.h"
@@ -39,17 +39,17 @@ TEST(Workers, RunEveryPartOnceAndThenDone) {
 
 TEST(Workers, RefuseMoreThanTheirBound) {
   auto mailbox = *Mailbox::Create();
-  absl::Mutex gate;
-  gate.Lock();
+  std::mutex gate;
+  gate.lock();
   {
     Workers workers(1, 2, mailbox.get());
-    const auto wait = [&gate](size_t) { absl::MutexLock lock(&gate); };
+    const auto wait = [&gate](size_t) { const std::lock_guard<std::mutex> lock(gate); };
     int done = 0;
     EXPECT_TRUE(workers.Run(1, wait, [&] { ++done; }).ok());
     EXPECT_TRUE(workers.Run(1, wait, [&] { ++done; }).ok());
     EXPECT_EQ(workers.Run(1, wait, [&] { ++done; }).code(),
               absl::StatusCode::kResourceExhausted);
-    gate.Unlock();
+    gate.unlock();
     DrainUntil(mailbox.get(), [&] { return done == 2; });
     EXPECT_TRUE(workers.Run(1, wait, [&] { ++done; }).ok());
     DrainUntil(mailbox.get(), [&] { return done == 3; });
