@@ -69,7 +69,7 @@ absl::StatusOr<FileMapping> FileMapping::Map(int fd, uint64_t bytes, Mode mode, 
 absl::StatusOr<std::shared_ptr<AddressSpace>> AddressSpace::Create(const AttachPlan& plan,
                                                                    int window_fd,
                                                                    const uint32_t* chunk_table) {
-  std::shared_ptr<AddressSpace> space(new AddressSpace());
+  auto space = std::make_shared<AddressSpace>(Private{});
   space->window_fd_ = window_fd;
   space->chunk_table_ = chunk_table;
   space->window_chunks_ = plan.window_chunks;

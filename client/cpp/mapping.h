@@ -47,7 +47,10 @@ class FileMapping {
 // One thread at a time, except for what says otherwise. The reservation outlives the attachment:
 // tensors point into it.
 class AddressSpace {
+  struct Private {};  // makes the constructor Create()'s own
+
  public:
+  explicit AddressSpace(Private) {}
   // `window_fd` and `chunk_table` (the units file's) are used until Close().
   static absl::StatusOr<std::shared_ptr<AddressSpace>> Create(const AttachPlan& plan,
                                                               int window_fd,
@@ -82,7 +85,6 @@ class AddressSpace {
     uint64_t chunks = 0;
     bool readable = false;
   };
-  AddressSpace() = default;
   absl::Status Protect(uint32_t unit, int protection);
 
   std::byte* base_ = nullptr;

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "base/status.h"
 
 namespace zerod::client {
@@ -47,7 +48,7 @@ bool Requests::DaemonGone() const {
 }
 
 absl::Status Requests::Slice(std::unique_lock<std::mutex>* lock, News news, absl::Duration slice,
-                             absl::string_view what) {
+                             absl::string_view what, absl::Time* looked) {
   bool woken = false;
   // Only one thread sleeps on the ring; it wakes the others for what they may have waited for.
   if (polling_ || news == News::kThread) {
@@ -64,7 +65,9 @@ absl::Status Requests::Slice(std::unique_lock<std::mutex>* lock, News news, absl
     changed_.notify_all();
   }
   // An answer that came before the failure still counts, so the caller looks before it gives up.
-  if (woken) return absl::OkStatus();
+  const absl::Time now = absl::Now();
+  if (woken && now - *looked < kWaitSlice) return absl::OkStatus();
+  *looked = now;
   if (DaemonGone()) {
     if (!polling_) Drain();
     RETURN_IF_ERROR(ring_.Failure());
@@ -86,20 +89,23 @@ absl::Status Requests::Slice(std::unique_lock<std::mutex>* lock, News news, absl
 
 absl::Status Requests::PushLocked(std::unique_lock<std::mutex>* lock,
                                   const shm::SubmitEntry& entry) {
+  absl::Time looked = absl::Now();
   for (;;) {
     absl::Status pushed = ring_.Push(entry);
     if (!absl::IsResourceExhausted(pushed) || ring_.Failure() == pushed) return pushed;
     // Room is made without a completion, so look again soon.
-    RETURN_IF_ERROR(Slice(lock, News::kRing, absl::Milliseconds(1), "room in the submission ring"));
+    RETURN_IF_ERROR(Slice(lock, News::kRing, absl::Milliseconds(1), "room in the submission ring",
+                          &looked));
   }
 }
 
 absl::StatusOr<uint64_t> Requests::Post(shm::SubmitEntry entry) {
   std::unique_lock<std::mutex> lock(mu_);
   if (!polling_) Drain();
+  absl::Time looked = absl::Now();
   while (pending_.size() >= kPendingMax) {
     RETURN_IF_ERROR(ring_.Failure());
-    RETURN_IF_ERROR(Slice(&lock, News::kRing, kWaitSlice, "earlier requests"));
+    RETURN_IF_ERROR(Slice(&lock, News::kRing, kWaitSlice, "earlier requests", &looked));
   }
   entry.cookie = next_cookie_++;
   pending_[entry.cookie];
@@ -125,6 +131,7 @@ absl::StatusOr<size_t> Requests::WaitAny(absl::Span<const uint64_t> cookies,
                                          absl::string_view what) {
   std::unique_lock<std::mutex> lock(mu_);
   if (!polling_) Drain();
+  absl::Time looked = absl::Now();
   for (;;) {
     for (size_t i = 0; i < cookies.size(); ++i) {
       auto found = pending_.find(cookies[i]);
@@ -134,7 +141,7 @@ absl::StatusOr<size_t> Requests::WaitAny(absl::Span<const uint64_t> cookies,
       if (found->second.done) return i;
     }
     RETURN_IF_ERROR(ring_.Failure());
-    RETURN_IF_ERROR(Slice(&lock, News::kRing, kWaitSlice, what));
+    RETURN_IF_ERROR(Slice(&lock, News::kRing, kWaitSlice, what, &looked));
   }
 }
 
@@ -175,9 +182,10 @@ void Requests::Abandon(uint64_t cookie) {
 absl::Status Requests::Acquire(Turn turn, absl::string_view what) {
   std::unique_lock<std::mutex> lock(mu_);
   bool& busy = busy_[static_cast<size_t>(turn)];
+  absl::Time looked = absl::Now();
   while (busy) {
     RETURN_IF_ERROR(ring_.Failure());
-    RETURN_IF_ERROR(Slice(&lock, News::kThread, kWaitSlice, what));
+    RETURN_IF_ERROR(Slice(&lock, News::kThread, kWaitSlice, what, &looked));
   }
   busy = true;
   return absl::OkStatus();

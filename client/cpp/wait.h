@@ -81,8 +81,9 @@ class Requests {
   enum class News { kRing, kThread };
   // Waits for news, at most `slice`; `lock` is released meanwhile. kRing: from the daemon; kThread:
   // from another thread of this process. An error ends the wait: failure, death or interrupt.
+  // `looked`: when this wait last looked for the two latter, its start at first.
   absl::Status Slice(std::unique_lock<std::mutex>* lock, News news, absl::Duration slice,
-                     absl::string_view what);
+                     absl::string_view what, absl::Time* looked);
   bool DaemonGone() const;
   absl::Status PushLocked(std::unique_lock<std::mutex>* lock, const shm::SubmitEntry& entry);
 

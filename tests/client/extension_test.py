@@ -95,7 +95,8 @@ def test_training_through_tensors(daemon, dtype):
     unit = client.parameters[0].unit
     client.gather(unit)
     assert client.held(unit)
-    assert torch.allclose(tensors[0].float(), initial[0] - 0.1, atol=1e-5 if dtype == "float32" else 2e-2)
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    assert torch.allclose(tensors[0].float(), initial[0] - 0.1, atol=tolerance)
     moment = torch.empty(300, 70)
     client.read(unit, client.parameters[0].offset, moment.data_ptr(), moment.numel(), "exp_avg")
     assert torch.allclose(moment, torch.tensor(0.1))

@@ -261,7 +261,8 @@ TEST_F(NodeSum, OpenSlotsThatLeaveNoRoomAreHandedOverEarly) {
   ASSERT_TRUE(client->Step({}).ok());
   std::vector<uint32_t> last;
   for (const auto& request : daemon.requests()) {
-    if (request.op == shm::Op::kScatter && request.flags == shm::kLast) last.push_back(request.unit);
+    if (request.op != shm::Op::kScatter || request.flags != shm::kLast) continue;
+    last.push_back(request.unit);
   }
   EXPECT_THAT(last, ElementsAre(kRoot, kB));
 }

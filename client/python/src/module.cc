@@ -31,6 +31,7 @@ client::DaemonInfo EnsureDaemon(std::string address, bool embedded, std::string 
     nb::gil_scoped_release release;
     return client::EnsureDaemon(options);
   }();
+  if (PyErr_Occurred() != nullptr) throw nb::python_error();
   return Take(std::move(info));
 }
 

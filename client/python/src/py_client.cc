@@ -52,17 +52,34 @@ client::ScalarOp ParseOp(const std::string& name) {
                                    "\"; it must be \"sum\", \"mean\", \"min\" or \"max\""));
 }
 
-// Runs `call` without the GIL.
+// Runs `call` without the GIL. A signal handler that raised meanwhile is heard, whatever came of
+// the call.
 template <typename Call>
 auto WithoutGil(const Call& call) {
-  nb::gil_scoped_release release;
-  return call();
+  auto result = [&] {
+    nb::gil_scoped_release release;
+    return call();
+  }();
+  if (PyErr_Occurred() != nullptr) throw nb::python_error();
+  return result;
 }
+
+// Keeps the address range alive for a tensor.
+struct Memory {
+  std::shared_ptr<const void> range;
+};
 
 class PyClient {
  public:
   PyClient(std::unique_ptr<Client> client, std::vector<std::vector<size_t>> shapes)
-      : client_(std::move(client)), shapes_(std::move(shapes)) {}
+      : client_(std::move(client)), shapes_(std::move(shapes)) {
+    for (const client::UnitView& unit : client_->units()) units_.append(nb::cast(unit));
+    for (const client::ParameterView& view : client_->parameters()) {
+      parameters_.append(nb::cast(view));
+    }
+  }
+  const nb::list& units() const { return units_; }
+  const nb::list& parameters() const { return parameters_; }
 
   // Keeps the client for the duration of a call: close() may come from another thread.
   std::shared_ptr<Client> Get() const {
@@ -143,10 +160,7 @@ class PyClient {
     }
     const client::ParameterView& view = client->parameters()[parameter];
     // The tensor keeps the address range, not the attachment.
-    auto* memory = new std::shared_ptr<const void>(client->memory());
-    nb::capsule owner(memory, [](void* p) noexcept {
-      delete static_cast<std::shared_ptr<const void>*>(p);
-    });
+    const nb::object owner = nb::cast(Memory{client->memory()});
     nb::dlpack::dtype dtype;
     dtype.code = static_cast<uint8_t>(client->dtype() == DType::kFloat32
                                           ? nb::dlpack::dtype_code::Float
@@ -162,6 +176,8 @@ class PyClient {
  private:
   std::shared_ptr<Client> client_;
   std::vector<std::vector<size_t>> shapes_;
+  nb::list units_;
+  nb::list parameters_;
 };
 
 std::unique_ptr<PyClient> Attach(std::vector<client::ModuleInfo> modules,
@@ -200,39 +216,33 @@ std::unique_ptr<PyClient> Attach(std::vector<client::ModuleInfo> modules,
 }
 
 void DefineValues(nb::module_& m) {
+  nb::class_<Memory>(m, "_Memory");
   nb::class_<client::ModuleInfo>(m, "ModuleInfo")
-      .def(
-          "__init__",
-          [](client::ModuleInfo* self, std::string path, std::string type, bool is_container) {
-            new (self) client::ModuleInfo{std::move(path), std::move(type), is_container};
-          },
-          "path"_a, "type"_a, "is_container"_a = false)
+      .def(nb::new_([](std::string path, std::string type, bool is_container) {
+             return client::ModuleInfo{std::move(path), std::move(type), is_container};
+           }),
+           "path"_a, "type"_a, "is_container"_a = false)
       .def_rw("path", &client::ModuleInfo::path)
       .def_rw("type", &client::ModuleInfo::type)
       .def_rw("is_container", &client::ModuleInfo::is_container);
   nb::class_<client::ParameterInfo>(m, "ParameterInfo")
-      .def(
-          "__init__",
-          [](client::ParameterInfo* self, std::string name, std::vector<int64_t> shape,
-             bool trainable, uint32_t group, std::vector<std::string> modules) {
-            new (self) client::ParameterInfo{std::move(name), std::move(shape), trainable, group,
-                                             std::move(modules)};
-          },
-          "name"_a, "shape"_a, "trainable"_a = true, "group"_a = 0,
-          "modules"_a = std::vector<std::string>())
+      .def(nb::new_([](std::string name, std::vector<int64_t> shape, bool trainable,
+                       uint32_t group, std::vector<std::string> modules) {
+             return client::ParameterInfo{std::move(name), std::move(shape), trainable, group,
+                                          std::move(modules)};
+           }),
+           "name"_a, "shape"_a, "trainable"_a = true, "group"_a = 0,
+           "modules"_a = std::vector<std::string>())
       .def_rw("name", &client::ParameterInfo::name)
       .def_rw("shape", &client::ParameterInfo::shape)
       .def_rw("trainable", &client::ParameterInfo::trainable)
       .def_rw("group", &client::ParameterInfo::group)
       .def_rw("modules", &client::ParameterInfo::modules);
   nb::class_<client::Group>(m, "Group")
-      .def(
-          "__init__",
-          [](client::Group* self, double lr, double beta1, double beta2, double eps,
-             double weight_decay) {
-            new (self) client::Group{lr, beta1, beta2, eps, weight_decay};
-          },
-          "lr"_a, "beta1"_a = 0.9, "beta2"_a = 0.999, "eps"_a = 1e-8, "weight_decay"_a = 0.0)
+      .def(nb::new_([](double lr, double beta1, double beta2, double eps, double weight_decay) {
+             return client::Group{lr, beta1, beta2, eps, weight_decay};
+           }),
+           "lr"_a, "beta1"_a = 0.9, "beta2"_a = 0.999, "eps"_a = 1e-8, "weight_decay"_a = 0.0)
       .def_rw("lr", &client::Group::lr)
       .def_rw("beta1", &client::Group::beta1)
       .def_rw("beta2", &client::Group::beta2)
@@ -265,8 +275,8 @@ void DefineValues(nb::module_& m) {
 }
 
 void DefineProperties(nb::class_<PyClient>& c) {
-  c.def_prop_ro("units", [](const PyClient& p) { return p.Get()->units(); })
-      .def_prop_ro("parameters", [](const PyClient& p) { return p.Get()->parameters(); })
+  c.def_prop_ro("units", &PyClient::units)
+      .def_prop_ro("parameters", &PyClient::parameters)
       .def_prop_ro("generation", [](const PyClient& p) { return p.Get()->generation(); })
       .def_prop_ro("resumed_step", [](const PyClient& p) { return p.Get()->resumed_step(); })
       .def_prop_ro("initialized", [](const PyClient& p) { return p.Get()->initialized(); })
@@ -289,7 +299,8 @@ void DefineProperties(nb::class_<PyClient>& c) {
 
 bool PendingSignal() {
   nb::gil_scoped_acquire gil;
-  return PyErr_CheckSignals() != 0;
+  // Once raised it stays so, until the call returns to Python.
+  return PyErr_Occurred() != nullptr || PyErr_CheckSignals() != 0;
 }
 
 void DefineClient(nb::module_& m) {
