@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ZEROD = ROOT / "build/release/daemon/server/zerod"
+ZEROD = Path(os.environ.get("ZEROD_BINARY") or ROOT / "build/release/daemon/server/zerod")
 START_SECONDS_MAX = 30
 END_SECONDS_MAX = 20
 STEP_SECONDS_MAX = 120

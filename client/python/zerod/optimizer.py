@@ -32,6 +32,11 @@ class AdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        # Without its wrapper, which loads torch's compiler: seconds of every start.
+        unwrapped = getattr(torch.optim.Optimizer.add_param_group, "__wrapped__", None)
+        (unwrapped or torch.optim.Optimizer.add_param_group)(self, param_group)
+
     @staticmethod
     def adopt(optimizer: torch.optim.Optimizer) -> "AdamW":
         """Takes over a torch.optim.AdamW that has no state yet. The group dicts stay the same
