@@ -87,7 +87,8 @@ struct StartAllGather {
 };
 // Sum this node's gradients of `unit` (all clients that marked `round`) and give each owner its
 // slice; the owner sums nodes in order into its gradient shard (round 1 writes, later ones add).
-// With one member: nothing moves. Square norms of own blocks may be taken at once. Then OnEntryDone.
+// With one member: nothing moves. Square norms of own blocks may be taken at once. Then
+// OnEntryDone.
 struct StartReduce {
   uint64_t seq = 0;
   UnitIndex unit = 0;

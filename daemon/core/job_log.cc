@@ -230,7 +230,9 @@ void Job::ApplyCommitted(const Entry& e) {
   plan->step = e.step;
   plan->decision = e.decision;
   std::vector<bool> touched(units_.size(), false);
-  for (size_t p = 0; e.decision.kind == Decision::Kind::kApply && p < parameter_steps_.size(); ++p) {
+  const size_t parameters =
+      e.decision.kind == Decision::Kind::kApply ? parameter_steps_.size() : 0;
+  for (size_t p = 0; p < parameters; ++p) {
     if (!e.decision.touched[p]) continue;
     ++parameter_steps_[p];
     touched[spec_.layout->parameters()[p].unit] = true;

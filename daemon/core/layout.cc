@@ -99,41 +99,50 @@ absl::StatusOr<Layout> Layout::Build(const ModelDescription& model,
     layout.parameters_.push_back(std::move(p));
   }
 
-  for (Unit& unit : layout.units_) {
-    std::stable_partition(unit.parameters.begin(), unit.parameters.end(),
-                          [&](uint32_t i) { return layout.parameters_[i].trainable; });
-    for (uint32_t i : unit.parameters) {
-      Parameter& p = layout.parameters_[i];
-      p.offset = unit.elements;
-      // An empty parameter takes a place too, so that every parameter has an address of its own.
-      unit.elements += RoundUp(std::max<uint64_t>(p.elements, 1), kParamAlign);
-      if (p.trainable) unit.trainable_elements = unit.elements;
-    }
-    unit.chunks = RoundUp(unit.elements * DTypeBytes(layout.dtype_), kChunkBytes) / kChunkBytes;
-    unit.first_chunk = layout.chunks_;
-    layout.chunks_ += unit.chunks;
-    layout.elements_ += unit.elements;
-    layout.trainable_elements_ += unit.trainable_elements;
-  }
+  layout.Place();
   if (layout.chunks_ >= std::numeric_limits<uint32_t>::max()) {
     return absl::InvalidArgumentError("the model needs more than 2^32 chunks of 64 KiB");
   }
   layout.block_elements_ = BlockElements(layout.elements_);
   for (Unit& unit : layout.units_) unit.blocks = layout.Blocks({0, unit.elements});
 
+  layout.hash_ = layout.ComputeHash();
+  return layout;
+}
+
+// Gives every parameter its offset, trainable ones first, and every unit its chunks.
+void Layout::Place() {
+  for (Unit& unit : units_) {
+    std::stable_partition(unit.parameters.begin(), unit.parameters.end(),
+                          [&](uint32_t i) { return parameters_[i].trainable; });
+    for (uint32_t i : unit.parameters) {
+      Parameter& p = parameters_[i];
+      p.offset = unit.elements;
+      // An empty parameter takes a place too, so that every parameter has an address of its own.
+      unit.elements += RoundUp(std::max<uint64_t>(p.elements, 1), kParamAlign);
+      if (p.trainable) unit.trainable_elements = unit.elements;
+    }
+    unit.chunks = RoundUp(unit.elements * DTypeBytes(dtype_), kChunkBytes) / kChunkBytes;
+    unit.first_chunk = chunks_;
+    chunks_ += unit.chunks;
+    elements_ += unit.elements;
+    trainable_elements_ += unit.trainable_elements;
+  }
+}
+
+Hash128 Layout::ComputeHash() const {
   Hasher h;
-  h.Add("zerod layout 1").Add(uint64_t(layout.dtype_)).Add(uint64_t{layout.units_.size()});
-  for (const Unit& unit : layout.units_) {
+  h.Add("zerod layout 1").Add(uint64_t(dtype_)).Add(uint64_t{units_.size()});
+  for (const Unit& unit : units_) {
     h.Add(unit.name).Add(unit.elements).Add(uint64_t{unit.parameters.size()});
     for (uint32_t i : unit.parameters) {
-      const Parameter& p = layout.parameters_[i];
+      const Parameter& p = parameters_[i];
       h.Add(uint64_t{i}).Add(p.name).Add(uint64_t{p.shape.size()});
       for (int64_t d : p.shape) h.Add(static_cast<uint64_t>(d));
       h.Add(p.offset).Add(uint64_t{p.group}).Add(uint64_t{p.trainable});
     }
   }
-  layout.hash_ = h.Finish();
-  return layout;
+  return h.Finish();
 }
 
 Partition::Partition(const Layout& layout, uint32_t members) : members_(members) {

@@ -94,6 +94,9 @@ class Layout {
   const Hash128& hash() const { return hash_; }
 
  private:
+  void Place();
+  Hash128 ComputeHash() const;
+
   DType dtype_ = DType::kFloat32;
   std::vector<Unit> units_;
   std::vector<Parameter> parameters_;

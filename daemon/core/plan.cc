@@ -108,7 +108,8 @@ void PlanState(const Config& config, const Layout& layout, uint32_t members, Mem
   MemoryPlan& m = plan->memory;
   const bool fp32 = layout.dtype() == DType::kFloat32;
   const bool all_resident =
-      std::all_of(plan->window.resident.begin(), plan->window.resident.end(), [](bool r) { return r; });
+      std::find(plan->window.resident.begin(), plan->window.resident.end(), false) ==
+      plan->window.resident.end();
   plan->master_in_window = fp32 && all_resident && (stage < 3 || members == 1);
   if (plan->master_in_window) {
     m.parameters = window_bytes;
@@ -145,7 +146,8 @@ void PlanGradients(const Config& config, const Layout& layout, uint32_t local_wo
                                       unit.trainable_elements * 4);
     }
     // Two of the largest: one on its way to the accumulator while the next is landed.
-    const uint64_t wanted = config.zerod.staging_bytes != 0 ? config.zerod.staging_bytes : 2 * largest;
+    const uint64_t wanted =
+        config.zerod.staging_bytes != 0 ? config.zerod.staging_bytes : 2 * largest;
     plan->staging_bytes = PageUp(std::max(wanted, largest));
     plan->gradient_file_bytes = std::max(plan->staging_bytes, kPage);
     m.accumulator = 4 * layout.trainable_elements();

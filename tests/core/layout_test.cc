@@ -56,8 +56,8 @@ TEST(LayoutTest, HashIsTheSameInEveryProcessAndSeesEverything) {
 TEST(LayoutTest, ParametersAreAlignedAndTrainableOnesFirst) {
   ModelBuilder b;
   b.Module("", "M");
-  b.Parameter("frozen", {33}, {""}, false).Parameter("a", {5}, {""}).Parameter("empty", {0, 7}, {""});
-  b.Parameter("scalar", {}, {""});
+  b.Parameter("frozen", {33}, {""}, false).Parameter("a", {5}, {""});
+  b.Parameter("empty", {0, 7}, {""}).Parameter("scalar", {}, {""});
   const Layout layout = *Layout::Build(b.model, {});
   const Unit& unit = layout.units().at(0);
   EXPECT_EQ(unit.parameters, (std::vector<uint32_t>{1, 2, 3, 0}));

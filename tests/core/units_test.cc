@@ -40,8 +40,8 @@ TEST(UnitsTest, OneBlockAloneIsNoSiblingOfAnything) {
 
 TEST(UnitsTest, SequentialCountsByItsLikeParameterisedChildren) {
   ModelBuilder like;
-  like.Module("", "Sequential", true).Module("0", "Linear").Module("1", "ReLU").Module("2", "Linear");
-  like.Module("2.inner", "Scale");
+  like.Module("", "Sequential", true).Module("0", "Linear").Module("1", "ReLU");
+  like.Module("2", "Linear").Module("2.inner", "Scale");
   like.Parameter("0.w", {4}, {"0"}).Parameter("2.w", {4}, {"2"}).Parameter("2.inner.w", {4},
                                                                            {"2.inner"});
   EXPECT_EQ(Homes(like.model).at("2.inner.w"), "2");  // activations do not count

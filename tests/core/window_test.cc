@@ -19,9 +19,9 @@ constexpr int64_t kChunk = 16 * 1024;  // elements
 // Records calls; units in `held` are claimed.
 class FakePort : public WindowPort {
  public:
-  void Map(UnitIndex u, const std::vector<uint32_t>& chunks) override {
+  void Map(UnitIndex u, const std::vector<uint32_t>& given) override {
     ++maps[u];
-    this->chunks[u] = chunks;
+    chunks[u] = given;
   }
   void Publish(UnitIndex u, Step version) override { published[u] = version; }
   void Retract(UnitIndex u) override { published.erase(u); }

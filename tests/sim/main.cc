@@ -37,7 +37,8 @@ bool RunOne(uint64_t seed, bool trace, uint64_t* events) {
   try {
     world.Run();
   } catch (const zerod::sim::Violation& v) {
-    std::fprintf(stderr, "VIOLATION seed=%llu git=%s: %s\n  %s\n  again: sim_test --seed %llu --trace\n",
+    std::fprintf(stderr,
+                 "VIOLATION seed=%llu git=%s: %s\n  %s\n  again: sim_test --seed %llu --trace\n",
                  g_seed, ZEROD_GIT_SHA, v.text.c_str(), scenario.Text().c_str(), g_seed);
     return false;
   }
@@ -51,7 +52,9 @@ int main(int argc, char** argv) {
   uint64_t first = 1;
   uint64_t schedules = 10000;
   bool trace = false;
-  if (const char* text = std::getenv("ZEROD_SIM_SCHEDULES")) schedules = std::strtoull(text, nullptr, 10);
+  if (const char* text = std::getenv("ZEROD_SIM_SCHEDULES")) {
+    schedules = std::strtoull(text, nullptr, 10);
+  }
   for (int i = 1; i < argc; ++i) {
     const std::string arg = argv[i];
     const uint64_t value = i + 1 < argc ? std::strtoull(argv[i + 1], nullptr, 10) : 0;

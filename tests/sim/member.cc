@@ -172,7 +172,7 @@ void Member::Do(core::Complete& a) {
   if (a.step.has_value() && a.status.ok()) {
     CheckWeights(job_->committed(), true);
     const Truth::Outcome& outcome = world_->truth().outcome(job_->committed());
-    if (a.step->skipped != outcome.skip) Violate("a client is told wrongly that a step was skipped");
+    if (a.step->skipped != outcome.skip) Violate("a client is told the wrong outcome");
   }
   slots_[a.slot]->Deliver(a);
 }
