@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -143,8 +144,14 @@ def run_kill_daemon(args: argparse.Namespace, cluster: Cluster, folder: Path) ->
     }
 
 
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     args = parse_arguments()
+    signal.signal(signal.SIGINT, interrupt)  # also where the shell had it ignored
+    signal.signal(signal.SIGTERM, interrupt)
     folder = Path(args.output).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     for old in [*folder.glob("*.json*"), *folder.glob("*.log"), *folder.glob("*.png")]:

@@ -21,6 +21,7 @@ ZEROD = Path(os.environ.get("ZEROD_BINARY") or ROOT / "build/release/daemon/serv
 START_SECONDS_MAX = 30
 END_SECONDS_MAX = 20
 STEP_SECONDS_MAX = 120
+SAY_SECONDS = 10
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -99,7 +100,7 @@ class Cluster:
         with open(self.output / f"daemon{node}.log", "wb") as log:
             self.processes.append(subprocess.Popen(
                 [str(ZEROD), "--socket", f"{folder}/zerod.sock", "--peer-listen", "127.0.0.1:0",
-                 "--metrics-listen", self.metrics[node]],
+                 "--metrics-listen", self.metrics[node], "--drain-seconds", "0"],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 preexec_fn=_die_with_parent,
                 env=os.environ | {"NOTIFY_SOCKET": str(folder / "notify")},
@@ -171,7 +172,8 @@ class Trainers:
         self.peak_pss: list[int] = []
         self.launchers: list[subprocess.Popen[bytes]] = []
         port = free_port()
-        self._started = time.time()
+        self._bar_shown = False
+        self._said_at = time.monotonic()
         for node in range(args.nodes):
             command = [
                 sys.executable, "-m", "torch.distributed.run", "--nnodes", str(args.nodes),
@@ -192,6 +194,7 @@ class Trainers:
             # shown on a terminal.
             with open(self.logs[node], "wb") as log:
                 shown = node == 0 and sys.stderr.isatty() and restarts == 0
+                self._bar_shown = shown if node == 0 else self._bar_shown
                 self.launchers.append(subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=None if shown else log,
                     env=environment, start_new_session=True, preexec_fn=_die_with_parent,
@@ -232,10 +235,20 @@ class Trainers:
             if all(code == 0 for code in codes):
                 return 0
             sample()
+            self._say_progress()
             sizes = [pss_bytes(pid) for pid in self.workers()]
             if sum(sizes) > sum(self.peak_pss):
                 self.peak_pss = sizes
             time.sleep(0.5)
+
+    def _say_progress(self) -> None:
+        """Where no bar is shown, a line now and then."""
+        if self._bar_shown or time.monotonic() < self._said_at + SAY_SECONDS:
+            return
+        self._said_at = time.monotonic()
+        lines = read_progress(self.progress)
+        text = f"step {lines[-1]['step']}, loss {lines[-1]['loss']:.4f}" if lines else "starting"
+        print(text, file=sys.stderr, flush=True)
 
     def wait_all_ended(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds

@@ -55,7 +55,8 @@ class Daemon:
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 [*wrapper, str(binary), "--socket", f"{self.folder}/zerod.sock",
-                 "--peer-listen", self.peer, "--metrics-listen", self.metrics, *flags],
+                 "--peer-listen", self.peer, "--metrics-listen", self.metrics,
+                 "--drain-seconds", "0", *flags],
                 stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                 env=os.environ | {"NOTIFY_SOCKET": str(self.folder / "notify")},
             )

@@ -202,6 +202,13 @@ def settled(daemon, scrapes=2000):
     raise AssertionError("jobs stay: " + daemon.text())
 
 
+def test_forked_workers_read_and_hurt_nobody():
+    config = BASE | {"zero_optimization": {"stage": 1}}
+    with cluster.daemons(1) as running:
+        difference, steps = cluster.run("workers:forked_workers", running, 1, config=config)[0]
+    assert difference < 1e-5 and steps == 3
+
+
 def test_clean_and_failed_ends_of_a_script():
     start = (
         "import sys, os, torch, zerod, zoo\n"

@@ -201,3 +201,39 @@ def many_jobs(count: int, first: int, config: dict) -> None:
 
 def run_script(source: str) -> None:
     exec(compile(source, "script", "exec"), {"__name__": "__main__"})
+
+
+class ReadsWeights(torch.utils.data.Dataset):
+    def __init__(self, weight) -> None:
+        self.weight = weight
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.weight.detach().sum() + index
+
+
+def forked_workers(config: dict) -> list[float]:
+    """DataLoader workers that read parameters; training goes on beside and after them."""
+    import zerod
+
+    torch.manual_seed(1)
+    engine, *_ = zerod.initialize(model=zoo.Stack(), config=config)
+    expected = [engine.module.head.weight.sum().item() + i for i in range(4)]
+    loader = torch.utils.data.DataLoader(ReadsWeights(engine.module.head.weight), num_workers=2)
+    got = [value.item() for value in loader]
+    for step in range(2):
+        engine.backward(engine(zoo.batch(0, step)).sum())
+        engine.step()
+    child = os.fork()
+    if child == 0:
+        try:
+            engine(zoo.batch(0, 0))
+            os._exit(7 if engine.client.closed else 3)
+        except zerod.ZerodError:
+            os._exit(5)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in (3, 5)
+    engine.backward(engine(zoo.batch(0, 9)).sum())
+    engine.step()
+    return [max(abs(a - b) for a, b in zip(got, expected)), engine.global_steps]
