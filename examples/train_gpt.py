@@ -224,7 +224,7 @@ def train(args: argparse.Namespace) -> dict:
     parameters = sum(p.numel() for p in model.parameters())
     rank = int(os.environ.get("RANK", "0"))
     torch.manual_seed(args.seed + 1000 + rank)  # each rank its own dropout
-    engine, _, loader, scheduler = zerod.initialize(
+    engine, _, loader, _ = zerod.initialize(
         model=model,
         training_data=Windows(train_text, args.sequence),
         config=make_config(args),

@@ -2,10 +2,11 @@
 """Training through daemons against PyTorch's DistributedDataParallel and AdamW, and the stages
 against each other."""
 
+import re
+
 import pytest
 
 import cluster
-from workers import TINY
 
 STEPS = 50
 OPTIONS = ["--steps", str(STEPS), "--gradient-accumulation", "2", "--clip", "0.5"]
@@ -61,7 +62,6 @@ def results_of(nodes, per_node, text):
 
 @pytest.mark.parametrize("nodes,per_node", [(1, 2), (2, 1), (2, 2)])
 def test_equals_ddp(nodes, per_node, text, ddp):
-    assert TINY
     expected = ddp(nodes * per_node, "fp32")
     got = results_of(nodes, per_node, text)[0][0]["losses"]
     assert len(got) == len(expected) == STEPS
@@ -107,3 +107,20 @@ def test_node_sum_stages_are_equal(text):
         results = cluster.run("workers:gpt", running, 4, runs=runs)[0]
     assert len({r["weights_sha256"] for r in results}) == 1
     assert all(r["losses"] == results[0]["losses"] for r in results)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_quarter_of_the_model_is_enough_room(nodes, text):
+    model = ["--layers", "12", "--width", "48", "--steps", "12"] + text
+    room = 12 * 12 * 48 * 48 // 4
+    runs = [
+        model + ["--stage", "0"],
+        model + ["--stage", "3", "--persistence-threshold", "0", "--live-parameters", str(room)],
+    ]
+    with cluster.daemons(nodes) as running:
+        whole, small = cluster.run("workers:gpt", running, nodes, runs=runs)[0]
+    assert small["losses"] == whole["losses"]
+    assert small["weights_sha256"] == whole["weights_sha256"]
+    assert small["counters"]["gathers"] > small["counters"]["gather_hits"]
+    found = re.search(r"window ([\d.]+) MiB of ([\d.]+)", small["plan"])
+    assert float(found[1]) <= 0.5 * float(found[2])  # 64 KiB chunks round each of the small units up

@@ -3,8 +3,9 @@
 
 Local rank 0 of each node publishes its daemon's address; everybody reads all of them. The keys
 hold the job and the node, not the attempt: torchrun counts restarts per node, so the nodes' counts
-can differ. A key of an earlier attempt names the same daemon, or one that is gone: then the
-daemons' own handshake fails, which is retried with the key read anew (see `initialize`).
+can differ, and a node would wait for a key that never comes. A key of an earlier attempt names the
+same daemon, whose state the attempt came for. If that daemon was started anew at another address,
+its shards are lost in any case, and the attach says so.
 """
 
 import json
@@ -32,7 +33,8 @@ class Peers:
 
 
 def job_id(configured: str, serial: int, launch: Launch) -> str:
-    """The job's name: the config's, else ZEROD_JOB, else torchrun's run id, else a random one.
+    """The job's name: the config's, else ZEROD_JOB, else torchrun's run id, else a random one that
+    is the same on all ranks and in all attempts of this launch.
 
     `serial`: how many engines this process made before; each needs a name of its own.
     """
@@ -40,10 +42,10 @@ def job_id(configured: str, serial: int, launch: Launch) -> str:
         return configured
     name = os.environ.get("ZEROD_JOB") or os.environ.get("TORCHELASTIC_RUN_ID")
     if not name or name == "none":  # torchrun's run id where the user gave none
-        if launch.world > 1:
-            name = _shared_name()
-        else:
-            name = f"job-{secrets.token_hex(8)}"
+        name = f"job-{secrets.token_hex(8)}"
+        if launch.world > 1 or _has_agent_store():
+            # Not the launcher's address: the next launch has the same, and is another job.
+            name = find_store(launch).compare_set("zerod/name", "", name).decode()
     if not _JOB.fullmatch(name):
         raise ValueError(
             f"the job id {name!r} is not allowed: 1 to 128 letters, digits, '.', '_' or '-'"
@@ -90,14 +92,14 @@ def find_store(launch: Launch) -> Any:
     host = os.environ.get("MASTER_ADDR")
     port = os.environ.get("MASTER_PORT")
     timeout = timedelta(seconds=STORE_SECONDS_MAX)
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and host and port:
+    if _has_agent_store() and host and port:
         return dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
     if dist.is_available() and dist.is_initialized():
         return dist.distributed_c10d._get_default_store()
     if not host or not port:
         raise ValueError(
-            f"{launch.nodes} nodes need MASTER_ADDR and MASTER_PORT, or ZEROD_PEERS, to find each "
-            "other: start the script with torchrun"
+            f"{launch.world} ranks need MASTER_ADDR and MASTER_PORT, or ZEROD_JOB and (for several "
+            "nodes) ZEROD_PEERS, to find each other: start the script with torchrun"
         )
     global _own_store
     if _own_store is None:
@@ -107,9 +109,5 @@ def find_store(launch: Launch) -> Any:
     return _own_store
 
 
-def _shared_name() -> str:
-    """A name that all ranks of this launch derive alike, from where they meet."""
-    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if not host or not port:
-        raise ValueError("set ZEROD_JOB: several ranks need one name for their job")
-    return re.sub(r"[^A-Za-z0-9._-]", "-", f"job-{host}-{port}")
+def _has_agent_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
