@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One copy per node: the peak, over the steps, of the PSS summed over ranks and daemon.
 
-    bench/compare/memory.py --ranks 2        zerod (both gradient plans), DDP, FSDP2, 124M parameters
+    bench/compare/memory.py --ranks 2     zerod (both gradient plans), DDP, FSDP2; 124M parameters
 """
 
 import argparse

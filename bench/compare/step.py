@@ -99,7 +99,8 @@ def report(args, systems, seconds, wire, limits, plan, parameters):
         if "zerod" in systems:
             summary["zerod_over_limit"] = harness.median(
                 [z / t["total"] for z, t in zip(seconds["zerod"], limits)])
-            print(f"limit {total:.3f} s; zerod takes {summary['zerod_over_limit']:.2f} x the limit: "
+            times = summary["zerod_over_limit"]
+            print(f"limit {total:.3f} s; zerod takes {times:.2f} x the limit: "
                   + ", ".join(f"{k} {v:.3f}" for k, v in summary["limit"].items()))
     print(json.dumps(summary))
 

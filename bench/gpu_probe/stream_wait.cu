@@ -178,7 +178,7 @@ int Main(int turns) {
   if (memory == MAP_FAILED || !MakeChannel(ends, 60)) {
     return Finish(kName, kFailed, figures, "No shared page or socket pair.");
   }
-  auto* page = new (memory) Page();
+  auto* page = new (memory) Page();  // placement; tidy: allow
   const pid_t first = Spawn([&] { return Player(0, ends[0], turns, page); });
   const pid_t second = Spawn([&] { return Player(1, ends[1], turns, page); });
   const int first_code = Await(first, 240);

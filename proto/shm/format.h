@@ -111,9 +111,9 @@ struct SubmitPage {
   uint64_t magic;
   uint32_t version;
   uint32_t reserved0;
-  alignas(64) std::atomic<uint32_t> tail;      // entries published; entry i is at [i % kRingEntries]
+  alignas(64) std::atomic<uint32_t> tail;      // entries published; i is at [i % kRingEntries]
   alignas(64) std::atomic<uint32_t> cq_head;   // completions consumed
-  alignas(64) std::atomic<uint32_t> sleeping;  // 1: the client sleeps (or is about to) on CompletePage::wake
+  alignas(64) std::atomic<uint32_t> sleeping;  // 1: sleeps, or is about to, on CompletePage::wake
   alignas(64) std::atomic<uint32_t> trace_len; // entries of the trace written in this step
   alignas(64) SubmitEntry entry[kRingEntries];
   alignas(64) StepRecord step;
@@ -135,7 +135,7 @@ struct CompletePage {
   alignas(64) std::atomic<uint32_t> wake;      // the client's futex word: grows with each wake
   alignas(64) std::atomic<uint32_t> tail;      // completions published
   alignas(64) std::atomic<uint32_t> sq_head;   // submissions consumed
-  alignas(64) std::atomic<uint32_t> sleeping;  // 1: the daemon sleeps: ring the doorbell (an eventfd)
+  alignas(64) std::atomic<uint32_t> sleeping;  // 1: the daemon sleeps: ring its doorbell, an eventfd
   // Not 0: every request of this attachment fails with this absl::StatusCode, text in `failure`.
   alignas(64) std::atomic<uint32_t> failed;
   TextSlot failure;

@@ -123,4 +123,5 @@ def test_a_quarter_of_the_model_is_enough_room(nodes, text):
     assert small["weights_sha256"] == whole["weights_sha256"]
     assert small["counters"]["gathers"] > small["counters"]["gather_hits"]
     found = re.search(r"window ([\d.]+) MiB of ([\d.]+)", small["plan"])
-    assert float(found[1]) <= 0.5 * float(found[2])  # 64 KiB chunks round each of the small units up
+    # 64 KiB chunks round each of the small units up.
+    assert float(found[1]) <= 0.5 * float(found[2])

@@ -110,6 +110,9 @@ def catch(name: str, directory: pathlib.Path, schedules_max: int) -> tuple[str, 
             timeout=300, check=False)
         if done.returncode != 0:
             line = next((x for x in done.stderr.splitlines() if x.startswith("VIOLATION")), None)
+            if done.returncode < 0:
+                # Without the assertions of a debug build a mistake may end in a fault: seen too.
+                return name, True, f"it dies of signal {-done.returncode}"
             if line is None:
                 return name, False, f"ended with {done.returncode} and no verdict: {done.stderr}"
             return name, True, f"{time.monotonic() - start:.1f} s, {line[:120]}"
