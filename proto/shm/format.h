@@ -135,7 +135,7 @@ struct CompletePage {
   alignas(64) std::atomic<uint32_t> wake;      // the client's futex word: grows with each wake
   alignas(64) std::atomic<uint32_t> tail;      // completions published
   alignas(64) std::atomic<uint32_t> sq_head;   // submissions consumed
-  alignas(64) std::atomic<uint32_t> sleeping;  // 1: the daemon sleeps: ring its doorbell, an eventfd
+  alignas(64) std::atomic<uint32_t> sleeping;  // 1: the daemon sleeps: ring its doorbell
   // Not 0: every request of this attachment fails with this absl::StatusCode, text in `failure`.
   alignas(64) std::atomic<uint32_t> failed;
   TextSlot failure;
