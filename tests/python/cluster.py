@@ -217,6 +217,21 @@ def run(function: str, nodes, world: int, job: str = "test", **arguments) -> lis
         return [rank.result() for rank in running]
 
 
+def wait_any(running, seconds: float = RUN_SECONDS_MAX) -> Rank:
+    """The first that ends."""
+    poller = select.poll()
+    fds = {os.pidfd_open(rank.pid): rank for rank in running}
+    try:
+        for fd in fds:
+            poller.register(fd, select.POLLIN)
+        ready = poller.poll(seconds * 1000)
+        assert ready, f"none of the ranks ended in {seconds} s:\n{running[0].text()[-3000:]}"
+        return fds[ready[0][0]]
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
 def wait_all(running, seconds: float = RUN_SECONDS_MAX) -> None:
     """Until all have ended, or one with a failure: its output is the message."""
     poller = select.poll()

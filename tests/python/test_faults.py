@@ -126,17 +126,18 @@ def test_wrong_input_is_refused_and_hurts_nobody(tmp_path):
             progress=str(tmp_path / "p"),
         ) as trainers:
             wait_for_step([tmp_path / "p.0"], 2, trainers)
-            # Another layout on one rank, while rank 0 waits.
-            with cluster.ranks("workers:attach_one", running, 2, "layouts", model="stack",
-                               config=BASE) as first:
-                first[1].close()
-                other = cluster.Rank("workers:attach_one", {"model": "lora", "config": BASE},
-                                     cluster.place(running, 1, 2, "layouts"))
-                try:
-                    text = other.result()
-                    assert text.startswith("FAILED_PRECONDITION") and "layout" in text
-                finally:
-                    other.close()
+            # Two layouts in one job: whoever comes second is refused, the first goes on waiting.
+            pair = []
+            try:
+                for rank, model in enumerate(("stack", "lora")):
+                    pair.append(cluster.Rank("workers:attach_one",
+                                             {"model": model, "config": BASE},
+                                             cluster.place(running, rank, 2, "layouts")))
+                text = cluster.wait_any(pair).result()
+                assert text.startswith("FAILED_PRECONDITION") and "is different" in text
+            finally:
+                for rank in pair:
+                    rank.close()
             # The name of a job whose rank lives.
             text = cluster.run("workers:attach_one", running, 1, "other", model="stack",
                                config=BASE)[0]
