@@ -27,7 +27,7 @@ constexpr absl::Duration kAcceptPause = absl::Milliseconds(100);
 
 void CopyText(absl::string_view text, char (&to)[shm::kFdTextBytes]) {
   const size_t length = std::min<size_t>(text.size(), shm::kFdTextBytes - 1);
-  memcpy(to, text.data(), length);
+  std::copy_n(text.begin(), length, to);
   to[length] = 0;
 }
 

@@ -268,6 +268,7 @@ TEST_F(ZerodTest, SigtermLeavesNothing) {
 TEST_F(ZerodTest, SigtermDrainsThenEndsJobs) {
   Start({"--drain-seconds", "2"});
   auto client = FdConnect(daemon_->socket());
+  ASSERT_TRUE(client.has_value()) << daemon_->Log();
   ASSERT_TRUE(rpc_->Attach(SmallJob(*client)).ok());
   daemon_->Signal(SIGTERM);
   ASSERT_TRUE(Eventually([&] {
@@ -287,6 +288,7 @@ TEST_F(ZerodTest, SigtermDrainsThenEndsJobs) {
 TEST_F(ZerodTest, SecondSigtermIsImmediate) {
   Start({"--drain-seconds", "3600"});
   auto client = FdConnect(daemon_->socket());
+  ASSERT_TRUE(client.has_value()) << daemon_->Log();
   ASSERT_TRUE(rpc_->Attach(SmallJob(*client)).ok());
   daemon_->Signal(SIGTERM);
   ASSERT_TRUE(daemon_->WaitNotified("STOPPING=1"));
@@ -298,6 +300,7 @@ TEST_F(ZerodTest, SecondSigtermIsImmediate) {
 TEST_F(ZerodTest, DrainByAdminEndsWithTheLastJob) {
   Start();
   auto client = FdConnect(daemon_->socket());
+  ASSERT_TRUE(client.has_value()) << daemon_->Log();
   ASSERT_TRUE(rpc_->Attach(SmallJob(*client)).ok());
   ASSERT_TRUE(rpc_->Drain().ok());
   EXPECT_TRUE(rpc_->Status()->draining());
@@ -394,7 +397,7 @@ void ThrowGarbage(const std::string& path, int rounds) {
 TEST_F(ZerodTest, GarbageOnTheSocketsHurtsNobodyElse) {
   Start();
   auto client = FdConnect(daemon_->socket());
-  ASSERT_TRUE(client.has_value());
+  ASSERT_TRUE(client.has_value()) << daemon_->Log();
   ASSERT_TRUE(rpc_->Attach(SmallJob(*client)).ok());
   const size_t fds = daemon_->OpenFds();
   ThrowGarbage(daemon_->socket() + ".fd", 300);
@@ -448,6 +451,7 @@ TEST_F(ZerodTest, ZerodctlShowsAndEndsJobs) {
   };
   EXPECT_THAT(ctl({"jobs"}).out, HasSubstr("no jobs"));
   auto client = FdConnect(daemon_->socket());
+  ASSERT_TRUE(client.has_value()) << daemon_->Log();
   ASSERT_TRUE(rpc_->Attach(SmallJob(*client)).ok());
   EXPECT_THAT(ctl({"status"}).out, HasSubstr("jobs       1"));
   EXPECT_THAT(ctl({"jobs"}).out, HasSubstr("small: "));
