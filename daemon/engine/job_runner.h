@@ -47,7 +47,7 @@ struct ClientInfo {
   uint32_t rank = 0;
   uint32_t local_rank = 0;
   int pid = 0;       // for messages
-  int pidfd = -1;    // duplicated by Attach
+  int pidfd = -1;    // readable, for good, once the process is gone; duplicated by Attach
 };
 
 // What a client is handed. The fds stay the job's; duplicate by sending.
