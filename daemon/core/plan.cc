@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/status.h"
+#include "daemon/core/units.h"
 
 namespace zerod::core {
 namespace {
@@ -15,12 +16,6 @@ constexpr uint64_t kPage = 4096;
 
 uint64_t PageUp(uint64_t n) { return (n + kPage - 1) / kPage * kPage; }
 uint64_t ChunksFor(uint64_t bytes) { return (bytes + kChunkBytes - 1) / kChunkBytes; }
-
-bool IsAncestor(const std::string& ancestor, const std::string& path) {
-  if (ancestor == path) return false;
-  return ancestor.empty() || (path.size() > ancestor.size() && path[ancestor.size()] == '.' &&
-                              path.compare(0, ancestor.size(), ancestor) == 0);
-}
 
 struct LiveSet {
   uint64_t chunks = 0;
@@ -35,7 +30,8 @@ LiveSet LargestLiveSet(const Layout& layout, const std::vector<bool>& pinned) {
   for (UnitIndex u = 0; u < units.size(); ++u) {
     uint64_t live = pinned[u] ? 0 : units[u].chunks;
     for (UnitIndex v = 0; v < units.size(); ++v) {
-      if (!pinned[v] && IsAncestor(units[v].name, units[u].name)) live += units[v].chunks;
+      if (v == u || pinned[v] || !IsAncestorOrSelf(units[v].name, units[u].name)) continue;
+      live += units[v].chunks;
     }
     if (live > largest.chunks) largest = {live, units[u].name};
   }

@@ -9,18 +9,19 @@
 #include "base/status.h"
 
 namespace zerod::core {
+
+bool IsAncestorOrSelf(const std::string& ancestor, const std::string& path) {
+  if (ancestor.empty()) return true;
+  return path.size() >= ancestor.size() && path.compare(0, ancestor.size(), ancestor) == 0 &&
+         (path.size() == ancestor.size() || path[ancestor.size()] == '.');
+}
+
 namespace {
 
 // "a.b.c" -> "a.b"; "a" -> "".
 std::string Parent(const std::string& path) {
   size_t dot = path.rfind('.');
   return dot == std::string::npos ? std::string() : path.substr(0, dot);
-}
-
-bool IsAncestorOrSelf(const std::string& ancestor, const std::string& path) {
-  if (ancestor.empty()) return true;
-  return path.size() >= ancestor.size() && path.compare(0, ancestor.size(), ancestor) == 0 &&
-         (path.size() == ancestor.size() || path[ancestor.size()] == '.');
 }
 
 std::string CommonAncestor(std::string a, const std::string& b) {

@@ -19,6 +19,9 @@ struct UnitAssignment {
   std::vector<UnitIndex> of;         // per parameter of the description
 };
 
+// Whether the module at `path` is the one at `ancestor` or lies below it; "" is the root.
+bool IsAncestorOrSelf(const std::string& ancestor, const std::string& path);
+
 absl::StatusOr<UnitAssignment> AssignUnits(const ModelDescription& model,
                                            const std::map<std::string, std::string>& overrides);
 
