@@ -188,8 +188,7 @@ void Job::EndWith(const absl::Status& status) {
   Emit(End{status});
 }
 
-// Member 0: lets the sequencer see a report, and sends every member the entries that it has not
-// got yet (one that joins late gets those from before).
+// Member 0: lets the sequencer see a report.
 absl::Status Job::Sequence(MemberIndex from, const Report& report) {
   std::vector<Entry> entries;
   absl::Status refused;
@@ -199,6 +198,12 @@ absl::Status Job::Sequence(MemberIndex from, const Report& report) {
     Emit(Send{from, FailJob{refused}});
   }
   if (!status.ok()) return status;
+  return Distribute(entries);
+}
+
+// Sends every member the entries that it has not got yet (one that joins late gets those from
+// before).
+absl::Status Job::Distribute(const std::vector<Entry>& entries) {
   unsent_.insert(unsent_.end(), entries.begin(), entries.end());
   bool all_joined = true;
   const uint64_t first_seq = unsent_.empty() ? 0 : unsent_.front().seq;

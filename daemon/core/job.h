@@ -45,6 +45,9 @@ struct JobSpec {
   bool skip_nonfinite = false;
   bool untouched_as_zero = false;  // zerod.unused_parameters = "zero"
   uint64_t prefetch_elements = 0;
+  // What is being gathered at once, more waits at member 0: two units of a large model, one that
+  // moves and one that follows it, or dozens of a small one, so that their turn-around hides.
+  uint64_t in_flight_elements = 8 << 20;
   WindowSpec window;
 };
 
@@ -299,6 +302,7 @@ class Job {
   // Members (job.cc).
   void Tell(ReportItem item);
   absl::Status Sequence(MemberIndex from, const Report& report);
+  absl::Status Distribute(const std::vector<Entry>& entries);
   void Fail(const absl::Status& status);
   void EndWith(const absl::Status& status);
   void Emit(Action action) { actions_.push_back(std::move(action)); }

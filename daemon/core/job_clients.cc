@@ -107,7 +107,7 @@ void Job::RequestCopy(UnitIndex unit) {
                           &error)) {
     case Window::Room::kReserved:
       u.forecast = false;
-      Tell(Want{unit, committed_});
+      Tell(Want{unit, committed_, /*demand=*/true});
       break;
     case Window::Room::kLater:
       if (std::find(room_queue_.begin(), room_queue_.end(), unit) == room_queue_.end()) {
@@ -438,7 +438,7 @@ void Job::OnPut(SlotIndex slot, uint64_t cookie, UnitIndex unit, uint64_t begin,
   if (status.ok()) status = CheckRange(unit, begin, count);
   if (!status.ok()) return Answer({slot, cookie}, status);
   requests_.push_back({slot, cookie});
-  Tell(PutRequest{slot, unit, begin, count});
+  Tell(StateRequest{/*put=*/true, slot, unit, begin, count, StateKind::kMaster});
   Pump();
 }
 
@@ -453,7 +453,7 @@ void Job::OnRead(SlotIndex slot, uint64_t cookie, UnitIndex unit, uint64_t begin
   }
   if (!status.ok()) return Answer({slot, cookie}, status);
   requests_.push_back({slot, cookie});
-  Tell(ReadRequest{slot, unit, begin, count, kind});
+  Tell(StateRequest{/*put=*/false, slot, unit, begin, count, kind});
   Pump();
 }
 

@@ -115,6 +115,7 @@ void Job::StartFirst(const Entry&) {
   }
   MaybeReportScalars();
   Forecast();
+  Tell(Forecasted{committed_});
 }
 
 void Job::StartGather(const Entry& e) {
@@ -164,6 +165,12 @@ void Job::FinishEntry(const Entry& e) {
     if (receiving_.erase(e.seq) != 0) PublishCopy(e.unit, e.step);
     RetryRoom();
     Forecast();
+    if (sequencer_ != nullptr) {
+      std::vector<Entry> next;
+      sequencer_->OnGathered(e.unit, &next);
+      absl::Status status = Distribute(next);
+      if (!status.ok()) Fail(status);
+    }
     return;
   }
   if (e.kind == EntryKind::kPut) {
@@ -220,6 +227,7 @@ void Job::StartCommit(const Entry& e) {
   forecast_next_ = 0;
   for (Slot& s : slots_) s.cursor = 0;
   Forecast();
+  Tell(Forecasted{committed_});
   MaybeFinishStep();
 }
 

@@ -34,7 +34,8 @@ double Combine(ScalarOp op, double a, double b) {
 Sequencer::Sequencer(const JobSpec* spec, std::vector<bool> gather_after_commit)
     : spec_(spec), partition_(*spec->layout, spec->members),
       gather_after_commit_(std::move(gather_after_commit)), members_(spec->members),
-      attached_(spec->world, false), reduced_round_(spec->layout->units().size(), 0) {
+      attached_(spec->world, false), wants_(spec->layout.get(), spec->in_flight_elements),
+      reduced_round_(spec->layout->units().size(), 0) {
   ResetStep();
 }
 
@@ -79,6 +80,7 @@ absl::Status Sequencer::OnReport(MemberIndex from, const Report& report, std::ve
     if (report.generation != generation_) continue;
     RETURN_IF_ERROR(OnItem(from, item, out));
   }
+  AppendGathers(out);
   return absl::OkStatus();
 }
 
@@ -117,24 +119,18 @@ absl::Status Sequencer::OnItem(MemberIndex from, const ReportItem& item, std::ve
     return absl::OkStatus();
   }
   if (!running_) return BadMessage(from, "the generation has not started");
-  if (const auto* w = std::get_if<Want>(&item)) return OnWant(from, *w, out);
+  if (const auto* w = std::get_if<Want>(&item)) return OnWant(from, *w);
+  if (const auto* f = std::get_if<Forecasted>(&item)) {
+    if (f->version == committed_) wants_.Announced(from);
+    return absl::OkStatus();
+  }
   if (const auto* g = std::get_if<GradientsReady>(&item)) return OnGradients(from, *g, out);
   if (const auto* s = std::get_if<StepReady>(&item)) return OnStep(from, *s, out);
   if (const auto* n = std::get_if<NormReady>(&item)) return OnNorm(from, *n, out);
   if (const auto* s = std::get_if<ScalarReady>(&item)) return OnScalar(from, *s, out);
-  if (const auto* p = std::get_if<PutRequest>(&item)) {
-    RETURN_IF_ERROR(CheckRange(p->unit, p->begin, p->count));
-    Entry& e = Add(EntryKind::kPut, out);
-    e.origin = from;
-    e.slot = p->slot;
-    e.unit = p->unit;
-    e.begin = p->begin;
-    e.count = p->count;
-    return absl::OkStatus();
-  }
-  const ReadRequest& r = std::get<ReadRequest>(item);
+  const StateRequest& r = std::get<StateRequest>(item);
   RETURN_IF_ERROR(CheckRange(r.unit, r.begin, r.count));
-  Entry& e = Add(EntryKind::kRead, out);
+  Entry& e = Add(r.put ? EntryKind::kPut : EntryKind::kRead, out);
   e.origin = from;
   e.slot = r.slot;
   e.unit = r.unit;
@@ -159,6 +155,7 @@ void Sequencer::MaybeStart(std::vector<Entry>* out) {
   }
   if (!std::all_of(attached_.begin(), attached_.end(), [](bool a) { return a; })) return;
   running_ = true;
+  wants_.Restart(AllMembers(spec_->members));
   Add(EntryKind::kStart, out).step = committed_;
 }
 
@@ -198,6 +195,7 @@ void Sequencer::NewGeneration(std::vector<Entry>* out) {
   pending_death_.reset();
   pending_leaves_.clear();
   some_left_ = false;
+  wants_.Restart(0);
   ++generation_;
   running_ = false;
   std::fill(attached_.begin(), attached_.end(), false);
@@ -206,15 +204,32 @@ void Sequencer::NewGeneration(std::vector<Entry>* out) {
   ResetStep();
 }
 
-absl::Status Sequencer::OnWant(MemberIndex from, const Want& w, std::vector<Entry>* out) {
+absl::Status Sequencer::OnWant(MemberIndex from, const Want& w) {
   if (w.unit >= reduced_round_.size()) return BadMessage(from, "a unit beyond the layout");
   // Asked before it saw the COMMIT: it asks again for what it needs then.
-  if (w.version != committed_) return absl::OkStatus();
-  Entry& e = Add(EntryKind::kAllGather, out);
-  e.unit = w.unit;
-  e.step = w.version;
-  e.wants = MemberSet{1} << from;
+  if (w.version == committed_) wants_.Add(w.unit, from, w.demand);
   return absl::OkStatus();
+}
+
+// Not between NORM and COMMIT, which would wait for what nobody needs any more.
+void Sequencer::AppendGathers(std::vector<Entry>* out) {
+  if (!running_ || norm_appended_) return;
+  while (const std::optional<WantQueue::Gather> next = wants_.Next()) {
+    AddGather(next->unit, next->wants, out);
+  }
+}
+
+void Sequencer::AddGather(UnitIndex unit, MemberSet wants, std::vector<Entry>* out) {
+  Entry& e = Add(EntryKind::kAllGather, out);
+  e.unit = unit;
+  e.step = committed_;
+  e.wants = wants;
+  wants_.Begun(unit);
+}
+
+void Sequencer::OnGathered(UnitIndex unit, std::vector<Entry>* out) {
+  wants_.Ended(unit);
+  AppendGathers(out);
 }
 
 absl::Status Sequencer::OnGradients(MemberIndex from, const GradientsReady& g,
@@ -370,12 +385,10 @@ void Sequencer::Commit(Decision decision, std::vector<Entry>* out) {
   ResetStep();
   if (kind == Decision::Kind::kRefuse) return AfterCommit(out);
   ++committed_;
+  wants_.Restart(AllMembers(spec_->members));
   for (UnitIndex u = 0; kind == Decision::Kind::kApply && u < touched_units.size(); ++u) {
     if (!gather_after_commit_[u] || !touched_units[u]) continue;
-    Entry& gather = Add(EntryKind::kAllGather, out);
-    gather.unit = u;
-    gather.step = committed_;
-    gather.wants = AllMembers(spec_->members);
+    AddGather(u, AllMembers(spec_->members), out);
   }
   AfterCommit(out);
 }

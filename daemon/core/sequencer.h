@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Member 0's second job: turn the reports of all members into one ordered log. It waits only for
-// what a rule of the log needs from every member, and appends demand as it comes, so first come,
-// first served. Pure, like Job.
+// what a rule of the log needs from every member, never for a client. Pure, like Job.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +14,7 @@
 #include "daemon/core/job.h"
 #include "daemon/core/layout.h"
 #include "daemon/core/types.h"
+#include "daemon/core/want_queue.h"
 
 namespace zerod::core {
 
@@ -28,6 +28,9 @@ class Sequencer {
   // everywhere, except that a member that may not join is refused alone: `*refused` is then set.
   absl::Status OnReport(MemberIndex from, const Report& report, std::vector<Entry>* out,
                         absl::Status* refused);
+
+  // An ALL_GATHER is done as far as member 0 takes part in it.
+  void OnGathered(UnitIndex unit, std::vector<Entry>* out);
 
   bool joined(MemberIndex m) const { return members_[m].joined; }
   // Ranks that are attached, in the generation under way.
@@ -45,7 +48,7 @@ class Sequencer {
 
   absl::Status OnItem(MemberIndex from, const ReportItem& item, std::vector<Entry>* out);
   absl::Status OnJoined(MemberIndex from, const Joined& j) const;
-  absl::Status OnWant(MemberIndex from, const Want& w, std::vector<Entry>* out);
+  absl::Status OnWant(MemberIndex from, const Want& w);
   absl::Status OnGradients(MemberIndex from, const GradientsReady& g, std::vector<Entry>* out);
   absl::Status OnStep(MemberIndex from, const StepReady& s, std::vector<Entry>* out);
   absl::Status OnNorm(MemberIndex from, const NormReady& n, std::vector<Entry>* out);
@@ -54,6 +57,8 @@ class Sequencer {
   absl::Status CheckRange(UnitIndex unit, uint64_t begin, uint64_t count) const;
 
   void MaybeStart(std::vector<Entry>* out);
+  void AppendGathers(std::vector<Entry>* out);
+  void AddGather(UnitIndex unit, MemberSet wants, std::vector<Entry>* out);
   void AppendReduces(UnitIndex unit, std::vector<Entry>* out);
   void MaybeDecide(std::vector<Entry>* out);
   void Commit(Decision decision, std::vector<Entry>* out);
@@ -73,6 +78,7 @@ class Sequencer {
   bool running_ = false;
   uint64_t next_seq_ = 1;
   Step committed_ = 0;
+  WantQueue wants_;
   std::vector<uint8_t> reduced_round_;  // per unit: appended in this step
   bool norm_appended_ = false;
   bool norm_needed_ = false;

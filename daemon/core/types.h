@@ -144,6 +144,10 @@ struct ClientGone {
 struct Want {
   UnitIndex unit = 0;
   Step version = 0;
+  bool demand = false;  // a client waits for it; else it is expected to be needed
+};
+struct Forecasted {  // the sender has asked for what it expects to need of `version` first
+  Step version = 0;
 };
 struct GradientsReady {  // every client of the sender marked `round` of `unit`, or sent STEP
   UnitIndex unit = 0;
@@ -161,13 +165,8 @@ struct NormReady {
   Step step = 0;
   NormPart part;
 };
-struct PutRequest {
-  SlotIndex slot = 0;
-  UnitIndex unit = 0;
-  uint64_t begin = 0;
-  uint64_t count = 0;
-};
-struct ReadRequest {
+struct StateRequest {  // a client's PUT or READ of some elements of a unit
+  bool put = false;
   SlotIndex slot = 0;
   UnitIndex unit = 0;
   uint64_t begin = 0;
@@ -183,7 +182,7 @@ struct Failed {  // the sender cannot go on: the job ends everywhere
   absl::Status status;
 };
 using ReportItem = std::variant<Joined, ClientAttached, ClientGone, Want, GradientsReady, StepReady,
-                                NormReady, PutRequest, ReadRequest, ScalarReady, Failed>;
+                                NormReady, StateRequest, ScalarReady, Failed, Forecasted>;
 
 struct Report {
   uint64_t generation = 0;  // 0 with Joined only

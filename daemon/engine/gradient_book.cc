@@ -34,6 +34,18 @@ void SumRange(const core::Layout& layout, const Sources& sources, Range range, f
   memset(out + (next - range.begin), 0, (range.end - next) * sizeof(float));
 }
 
+const float* OnlySource(const core::Layout& layout, const Sources& sources, Range range) {
+  const Source* only = nullptr;
+  bool several = false;
+  ForEachParameter(layout, sources.unit, range, [&](size_t index, Range) {
+    const auto& of = sources.of[index];
+    several |= of.size() != 1 ||
+               (only != nullptr && (only->data != of[0].data || only->begin != of[0].begin));
+    if (!several) only = &of[0];
+  });
+  return several || only == nullptr ? nullptr : only->At(range.begin);
+}
+
 double BlockSquare(const core::Layout& layout, const Sources& sources, Range range,
                    bool* nonfinite) {
   // Most blocks lie within one parameter: no need to put its gradient together first.

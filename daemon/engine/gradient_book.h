@@ -63,6 +63,9 @@ void ForEachParameter(const core::Layout& layout, core::UnitIndex u, core::Range
 void SumInto(const absl::InlinedVector<Source, 4>& sources, core::Range range, float* out);
 // The node's sum over `range` with zeros in the padding.
 void SumRange(const core::Layout& layout, const Sources& sources, core::Range range, float* out);
+// Where one gradient is all that there is to sum over the whole of `range`: its elements there, to
+// be sent as they lie (what lies in the padding means nothing). Else null.
+const float* OnlySource(const core::Layout& layout, const Sources& sources, core::Range range);
 // Sum of squares of one block's elements [range), as kernels::SquaredNorm gives it.
 double BlockSquare(const core::Layout& layout, const Sources& sources, core::Range range,
                    bool* nonfinite);

@@ -34,12 +34,18 @@ class Reduce : public Movement {
     return most;
   }
 
-  size_t PrepareParts(size_t /*piece*/) const override { return c_.members() - 1; }
+  // Only what must be summed, or has holes, is put together before it is sent.
+  size_t PrepareParts(size_t piece) const override {
+    for (MemberIndex m = 0; m < c_.members(); ++m) {
+      if (m != c_.self && MustSum(c_.Cut(Slice(m), piece))) return c_.members() - 1;
+    }
+    return 0;
+  }
   void Prepare(size_t piece, size_t part, std::byte* staging) override {
     MemberIndex m = static_cast<MemberIndex>(part);
     if (m >= c_.self) ++m;
     const Range slice = c_.Cut(Slice(m), piece);
-    if (!slice.empty()) SumRange(*c_.layout, *sources_, slice, c_.SendArea(staging, m));
+    if (MustSum(slice)) SumRange(*c_.layout, *sources_, slice, c_.SendArea(staging, m));
   }
 
   void Exchange(size_t piece, std::byte* staging, Transfers* sends,
@@ -49,7 +55,9 @@ class Reduce : public Movement {
       if (m == c_.self) continue;
       const Range theirs = c_.Cut(Slice(m), piece);
       if (!theirs.empty()) {
-        sends->push_back({m, c_.SendArea(staging, m), theirs.size() * sizeof(float)});
+        const float* const only = OnlySource(*c_.layout, *sources_, theirs);
+        float* const from = only != nullptr ? const_cast<float*>(only) : c_.SendArea(staging, m);
+        sends->push_back({m, from, theirs.size() * sizeof(float)});
       }
       if (!own.empty()) {
         receives->push_back({m, c_.ReceiveArea(staging, m), own.size() * sizeof(float)});
@@ -68,10 +76,14 @@ class Reduce : public Movement {
     float* const sum = node_sum + kScratchElements;
     for (uint64_t begin = range.begin; begin < range.end; begin += kScratchElements) {
       const Range now{begin, std::min(begin + kScratchElements, range.end)};
-      SumRange(*c_.layout, *sources_, now, node_sum);
+      const float* mine = OnlySource(*c_.layout, *sources_, now);
+      if (mine == nullptr) {
+        SumRange(*c_.layout, *sources_, now, node_sum);
+        mine = node_sum;
+      }
       absl::InlinedVector<const float*, 8> nodes;
       for (MemberIndex m = 0; m < c_.members(); ++m) {
-        nodes.push_back(m == c_.self ? node_sum
+        nodes.push_back(m == c_.self ? mine
                                      : c_.ReceiveArea(staging, m) + (begin - own.begin));
       }
       float* const out = c_.store->gradient(unit_, begin);
@@ -95,6 +107,9 @@ class Reduce : public Movement {
 
  private:
   Range Slice(MemberIndex m) const { return c_.partition->TrainableShard(unit_, m); }
+  bool MustSum(Range slice) const {
+    return !slice.empty() && OnlySource(*c_.layout, *sources_, slice) == nullptr;
+  }
   float* Gradient(Range range) const { return c_.store->gradient(unit_, range.begin); }
 
   const MoveContext& c_;

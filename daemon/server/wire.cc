@@ -229,6 +229,7 @@ template <typename A>
 void Item(A& a, Ref<A, core::Want> v) {
   a.Number(v.unit);
   a.Number(v.version);
+  a.Bool(v.demand);
 }
 template <typename A>
 void Item(A& a, Ref<A, core::GradientsReady> v) {
@@ -252,14 +253,8 @@ void Item(A& a, Ref<A, core::NormReady> v) {
   a.Bool(v.part.nonfinite);
 }
 template <typename A>
-void Item(A& a, Ref<A, core::PutRequest> v) {
-  a.Number(v.slot);
-  a.Number(v.unit);
-  a.Number(v.begin);
-  a.Number(v.count);
-}
-template <typename A>
-void Item(A& a, Ref<A, core::ReadRequest> v) {
+void Item(A& a, Ref<A, core::StateRequest> v) {
+  a.Bool(v.put);
   a.Number(v.slot);
   a.Number(v.unit);
   a.Number(v.begin);
@@ -275,6 +270,10 @@ void Item(A& a, Ref<A, core::ScalarReady> v) {
 template <typename A>
 void Item(A& a, Ref<A, core::Failed> v) {
   a.StatusValue(v.status);
+}
+template <typename A>
+void Item(A& a, Ref<A, core::Forecasted> v) {
+  a.Number(v.version);
 }
 
 // A variant is its index, then what it holds.

@@ -245,6 +245,53 @@ def test_client_state_is_bounded(fake):
         engine.step()
 
 
+def gradient_events(engine, model_calls):
+    """What the client is told of gradients in one step."""
+    engine.client.log.clear()
+    for batch in model_calls:
+        engine.backward(engine(batch).square().mean())
+        engine.step()
+    return [event for event in engine.client.log if event[0] in ("land", "scatter", "reclaim")]
+
+
+def test_units_are_handed_over_when_their_gradients_are_complete(fake):
+    engine = start(zoo.Stack(layers=2), fake, gradient_accumulation_steps=2)
+    micro_steps = [zoo.batch(0, 0), zoo.batch(0, 1)]
+    for _ in range(2):
+        events = gradient_events(engine, micro_steps)
+        marks = [i for i, event in enumerate(events) if event[0] == "scatter" and event[2]]
+        assert len(marks) == len({events[i][1] for i in marks})  # each unit once
+        assert not any(event[0] == "reclaim" for event in events)
+        # Others' gradients come after: the pass goes on behind the transfer.
+        last_land = max(i for i, event in enumerate(events) if event[0] == "land")
+        assert sum(i < last_land for i in marks) == len(marks) - 1
+    engine.destroy()
+
+
+class Reentrant(zoo.Stack):
+    """One layer, used in as many graphs of its own as `uses` says."""
+
+    uses = 3
+
+    def forward(self, x):
+        x = x.requires_grad_()
+        for _ in range(self.uses):
+            x = torch.utils.checkpoint.checkpoint(self.layers[0], x, use_reentrant=True)
+        return self.head(x)
+
+
+def test_a_unit_that_is_used_more_often_than_before_is_late_once(fake):
+    model = Reentrant(layers=1)
+    engine = start(model, fake)
+    layer = next(u for u, view in enumerate(engine.client.units) if view.name.startswith("layers"))
+    for uses, late in ((2, False), (2, False), (3, True), (3, False), (1, False), (3, False)):
+        model.uses = uses
+        events = gradient_events(engine, [zoo.batch(0, 0)])
+        assert (("reclaim", layer) in events) == late
+        assert events.count(("scatter", layer, True)) == 1 + late
+    engine.destroy()
+
+
 def test_accumulation_and_clipping(fake):
     engine = start(
         zoo.Stack(), fake, gradient_accumulation_steps=3, gradient_clipping=0.5

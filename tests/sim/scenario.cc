@@ -106,6 +106,7 @@ Scenario Scenario::FromSeed(uint64_t seed) {
   spec.skip_nonfinite = random.Percent(30);
   spec.untouched_as_zero = random.Percent(15);
   spec.prefetch_elements = random.Percent(30) ? 0 : random.Between(1, spec.layout->elements());
+  spec.in_flight_elements = random.Between(1, 2 * spec.layout->elements());
   spec.window = RandomWindow(spec, &random);
   s.steps = random.Between(1, 3);
   const core::Partition partition(*spec.layout, spec.members);

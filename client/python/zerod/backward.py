@@ -16,7 +16,53 @@ import torch
 from zerod.model import ManagedParameter
 
 _task_id = torch._C._current_graph_task_id
+_COUNT_MAX = 255
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+class Expectation:
+    """Tells that a unit's gradients are complete before the backward pass has ended, so that they
+    cross the network behind the rest of it.
+
+    A parameter gets one gradient per graph it is used in: one mostly, more under reentrant
+    checkpointing, none where it is not used. How many is learned from the passes before. Counts
+    only grow, so a model that takes different paths is waited for to the end of its passes, and one
+    that does more than ever before is late once: its surplus waits for step(). What was learned
+    travels with every STEP, so that a rank that resumes adds in the same order as one that was
+    never interrupted.
+    """
+
+    def __init__(self, unit_of: list[int], units: int) -> None:
+        self._unit_of = unit_of
+        self._expected: bytearray | None = None  # per parameter; None before the first pass
+        self._in_unit = [0] * units  # parameters with a count above 0
+        self._counts = bytearray(len(unit_of))
+        self._missing = [0] * units
+
+    def begin(self) -> None:
+        self._counts = bytearray(len(self._counts))
+        self._missing = list(self._in_unit)
+
+    def add(self, index: int) -> None:
+        count = min(self._counts[index] + 1, _COUNT_MAX)
+        self._counts[index] = count
+        if self._expected is not None and count == self._expected[index]:
+            self._missing[self._unit_of[index]] -= 1
+
+    def complete(self, unit: int) -> bool:
+        return self._in_unit[unit] > 0 and self._missing[unit] == 0
+
+    def end(self) -> None:
+        self.restore(bytes(map(max, self._counts, self._expected or bytes(len(self._counts)))))
+
+    def state(self) -> bytes | None:
+        return None if self._expected is None else bytes(self._expected)
+
+    def restore(self, state: bytes | None) -> None:
+        self._expected = None if state is None else bytearray(state)
+        self._in_unit = [0] * len(self._in_unit)
+        for index, count in enumerate(state or b""):
+            self._in_unit[self._unit_of[index]] += count > 0
 
 
 class BackwardPass:
@@ -37,6 +83,7 @@ class BackwardPass:
             self._members[unit] = frozenset(
                 p.index for p in self.trainable if self._unit_of[p.index] == unit
             )
+        self.expectation = Expectation(self._unit_of, len(client.units))
         self._pending: dict[int, set[int]] = {}  # unit -> parameters without gradient in this pass
         self._landed: dict[int, None] = {}  # units landed in since they were last scattered
         self._open: dict[int, None] = {}  # units landed in this step, not yet scattered for good
@@ -78,6 +125,7 @@ class BackwardPass:
     def _begin(self) -> None:
         self.serial += 1
         self._pending.clear()
+        self.expectation.begin()
         self.open_calls = [0] * len(self.open_calls)
 
     def _leave(self, task: int) -> None:
@@ -92,6 +140,7 @@ class BackwardPass:
         for unit in list(self._open if last else self._landed):
             self._scatter(unit, last)
         self._pending.clear()
+        self.expectation.end()
         if self.on_end:
             self.on_end()
 
@@ -115,6 +164,7 @@ class BackwardPass:
     def _on_gradient(self, index: int, parameter: torch.Tensor) -> None:
         self.enter()
         unit = self._unit_of[index]
+        self.expectation.add(index)
         if not self._scattered[unit]:
             self._land(index, parameter)
         # else it stays in .grad and adds up there until step()
@@ -123,11 +173,11 @@ class BackwardPass:
             self.expect(unit)
             pending = self._pending[unit]
         pending.discard(index)
-        if not pending:
-            if unit in self._landed:
-                self._scatter(unit, last=False)
-            if self.on_unit_done:
-                self.on_unit_done(unit)
+        complete = self.expectation.complete(unit) and self.is_last()
+        if unit in self._landed and (complete or not pending):
+            self._scatter(unit, last=complete)
+        if not pending and self.on_unit_done:
+            self.on_unit_done(unit)
 
     def _land(self, index: int, parameter: torch.Tensor) -> None:
         gradient = parameter.grad

@@ -236,6 +236,7 @@ class Engine(nn.Module):
             "micro_steps": self.micro_steps,
             "skipped_steps": self.skipped_steps,
             "user": self.client_state,
+            "gradient_counts": self.backward_pass.expectation.state(),
             "groups": [
                 {key: value for key, value in group.items() if key != "params"}
                 for group in self.optimizer.param_groups  # type: ignore[union-attr]
@@ -254,6 +255,7 @@ class Engine(nn.Module):
         self.skipped_steps = parts["skipped_steps"]
         self.global_steps = self.resumed_step
         self.client_state = parts["user"]
+        self.backward_pass.expectation.restore(parts["gradient_counts"])
         if self.optimizer is not None:
             for group, values in zip(self.optimizer.param_groups, parts["groups"]):
                 group.update(values)
