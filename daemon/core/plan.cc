@@ -137,13 +137,18 @@ void PlanGradients(const Config& config, const Layout& layout, uint32_t local_wo
     m.accumulator = 0;
   } else {
     uint64_t largest = 0;
+    uint64_t second = 0;
     for (const Unit& unit : layout.units()) {
-      largest = std::max(largest, (unit.parameters.size() + 63) / 64 * 64 +
-                                      unit.trainable_elements * 4);
+      const uint64_t slot =
+          (unit.parameters.size() + 63) / 64 * 64 + unit.trainable_elements * 4;
+      second = std::max(second, std::min(slot, largest));
+      largest = std::max(largest, slot);
     }
-    // Two of the largest: one on its way to the accumulator while the next is landed.
-    const uint64_t wanted =
-        config.zerod.staging_bytes != 0 ? config.zerod.staging_bytes : 2 * largest;
+    // The largest, which may be landed in from the beginning of the backward pass to its end (an
+    // embedding tied to the head), and two that take turns: one is added while one is landed.
+    const uint64_t wanted = config.zerod.staging_bytes != 0
+                                ? config.zerod.staging_bytes
+                                : largest + std::min(largest, 2 * second);
     plan->staging_bytes = PageUp(std::max(wanted, largest));
     plan->gradient_file_bytes = std::max(plan->staging_bytes, kPage);
     m.accumulator = 4 * layout.trainable_elements();

@@ -319,5 +319,6 @@ def install():
     module.__dict__.update(
         ERRORS, ZerodError=ZerodError, ModuleInfo=ModuleInfo, ParameterInfo=ParameterInfo,
         Group=Group, Client=Client, parse_config=parse_config, __version__="0.0.0",
+        trim_heap=lambda: None,
     )
     sys.modules["zerod._zerod"] = module

@@ -4,6 +4,10 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 #include <string>
 
 #include "client/cpp/include/zerod/client.h"
@@ -55,6 +59,11 @@ NB_MODULE(_zerod, m) {
       .def_ro("peer_address", &zerod::client::DaemonInfo::peer_address)
       .def_ro("boot_id", &zerod::client::DaemonInfo::boot_id);
   m.def("version", [] { return std::string(ZEROD_VERSION); });
+  m.def("trim_heap", [] {
+#if defined(__GLIBC__)
+    malloc_trim(0);
+#endif
+  });
   m.def("parse_config", &ParseConfig, "json"_a, "world"_a);
   m.def("embedded_address", &zerod::client::EmbeddedAddress, "job"_a, "node_rank"_a);
   m.def("ensure_daemon", &EnsureDaemon, nb::kw_only(), "address"_a = "", "embedded"_a = true,

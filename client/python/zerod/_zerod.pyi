@@ -33,6 +33,9 @@ class PermissionDenied(ZerodError): ...
 # --- Without a job ---------------------------------------------------------------------------
 
 def version() -> str: ...
+def trim_heap() -> None:
+    """Gives memory that was freed back to the system, where the C library keeps it."""
+
 def parse_config(json: str, world: int) -> str:
     """The resolved configuration as JSON (every served key). ValueError lists every problem."""
 

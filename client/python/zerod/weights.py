@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zerod import _zerod
 from zerod.model import ManagedParameter, ModelDescription
 
 PIECE_ELEMENTS_MAX = 1 << 20  # of one PUT or READ: what the transfer area holds
@@ -46,7 +47,7 @@ class Weights:
             if write_initial:
                 self.put(managed, managed.parameter.data)
             managed.parameter.data = self.client.parameter_tensor(managed.index)
-
+        _zerod.trim_heap()  # of this process's own copies
 
     def open_resident(self) -> None:
         """Once the initial values are there: units that stay gathered become readable. After that
