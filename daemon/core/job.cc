@@ -149,8 +149,8 @@ void Job::OnMemberDown(MemberIndex member, const absl::Status& why) {
   // Every member of the job holds shards that nobody else has.
   Fail(absl::FailedPreconditionError(absl::StrCat(
       "lost the shards of member ", member, " (node ", member, "): ", why.message(),
-      ". There is no snapshot to load. Start the job anew under another job id, or after "
-      "'zerodctl jobs delete ", spec_.id, "'")));
+      "; the last committed step was ", committed_, ". There is no snapshot to load. Start the job "
+      "anew under another job id, or after 'zerodctl jobs delete ", spec_.id, "' on each node")));
 }
 
 void Job::OnConnected(const absl::Status& status) {

@@ -138,9 +138,10 @@ void Job::OnEntryDone(uint64_t seq, const absl::Status& status) {
   auto it = running_.find(seq);
   if (it == running_.end()) return;
   if (!status.ok()) {
-    return Fail(absl::Status(status.code(),
-                             absl::StrCat("a transfer between the members of the job failed: ",
-                                          status.message(), ". The job's state is lost")));
+    return Fail(absl::FailedPreconditionError(absl::StrCat(
+        "a transfer between the members of the job failed: ", status.message(),
+        ". Its state is lost; the last committed step was ", committed_, ". Start the job anew "
+        "under another job id, or after 'zerodctl jobs delete ", spec_.id, "' on each node")));
   }
   const Entry e = std::move(it->second);
   running_.erase(it);

@@ -163,6 +163,7 @@ void JobRunnerImpl::Do(core::Connect&) {
     options.rank = request_.self;
     options.size = request_.members;
     options.bind_host = request_.fabric_bind_host;
+    options.stall_timeout = request_.fabric_stall_timeout;
     auto connected = std::make_shared<absl::StatusOr<std::unique_ptr<fabric::Fabric>>>(
         fabric::ConnectGlooFabric(options, peers_->rendezvous()));
     mailbox_->Post([this, connected] {

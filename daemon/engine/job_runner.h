@@ -40,6 +40,7 @@ struct JobRequest {
   core::MemberIndex self = 0;
   uint32_t local_world = 1;
   std::string fabric_bind_host = "127.0.0.1";
+  absl::Duration fabric_stall_timeout = absl::Seconds(30);  // fabric::FabricOptions
   uint32_t worker_threads = 1;
 };
 

@@ -154,7 +154,12 @@ absl::Status JobTable::WaitForJob(std::unique_lock<std::mutex>* lock,
       return absl::UnavailableError("the daemon is shutting down: attach to its successor");
     }
     const auto it = jobs_.find(arguments.job);
-    if (it == jobs_.end()) return Create(lock, arguments, entry);
+    if (it == jobs_.end()) {
+      if (const auto lost = FindLost(arguments.job); lost != lost_.end()) {
+        return absl::FailedPreconditionError(lost->snapshot.reason);
+      }
+      return Create(lock, arguments, entry);
+    }
     *entry = it->second;
     switch ((*entry)->state) {
       case State::kRunning: return absl::OkStatus();
@@ -193,6 +198,7 @@ absl::Status JobTable::Create(std::unique_lock<std::mutex>* lock, const AttachAr
   request.self = arguments.node_rank;
   request.local_world = arguments.local_world;
   request.fabric_bind_host = fabric_bind_host_;
+  request.fabric_stall_timeout = limits_.fabric_stall;
   request.worker_threads = worker_threads_;
   jobs_[arguments.job] = made;
 
@@ -279,13 +285,14 @@ absl::StatusOr<std::pair<core::Step, std::string>> JobTable::ClientState(const S
 
 std::vector<JobInfo> JobTable::List() {
   std::vector<Use> running;
+  std::vector<JobInfo> infos;
   {
     std::lock_guard lock(mu_);
     for (const auto& [id, entry] : jobs_) {
       if (entry->state == State::kRunning) running.emplace_back(this, entry);
     }
+    infos.assign(lost_.begin(), lost_.end());
   }
-  std::vector<JobInfo> infos;
   for (const Use& use : running) {
     infos.push_back({use->request, use->runner->plan(), use->runner->Snapshot()});
   }
@@ -301,6 +308,11 @@ absl::Status JobTable::Delete(const std::string& id, absl::Duration timeout) {
   std::unique_lock lock(mu_);
   const auto it = jobs_.find(id);
   if (it == jobs_.end()) {
+    if (const auto lost = FindLost(id); lost != lost_.end()) {
+      lost_.erase(lost);
+      network_->SetLost(id, absl::OkStatus());
+      return absl::OkStatus();
+    }
     return absl::NotFoundError(absl::StrCat("there is no job \"", id, "\" on this node"));
   }
   const std::shared_ptr<Entry> entry = it->second;
@@ -376,6 +388,7 @@ void JobTable::Reap() {
     // Still in the table, as ending: a successor of the same name waits until the memory is free.
     lock.unlock();
     entry->peers->Close(entry->status);
+    JobInfo last{entry->request, entry->runner->plan(), entry->runner->Snapshot()};
     entry->runner.reset();
     sessions_->ForgetJob(entry->incarnation);
     if (entry->status.ok()) {
@@ -385,8 +398,26 @@ void JobTable::Reap() {
     }
     lock.lock();
     jobs_.erase(id);
+    if (absl::IsFailedPrecondition(entry->status) && last.snapshot.committed_step > 0) {
+      RememberLost(std::move(last));
+    }
     changed_.notify_all();
   }
+}
+
+void JobTable::RememberLost(JobInfo info) {
+  info.snapshot.memory.clear();  // is free
+  info.snapshot.clients.clear();
+  network_->SetLost(info.request.id, absl::FailedPreconditionError(info.snapshot.reason));
+  lost_.push_back(std::move(info));
+  if (lost_.size() <= limits_.lost_jobs_max) return;
+  network_->SetLost(lost_.front().request.id, absl::OkStatus());
+  lost_.pop_front();
+}
+
+std::deque<JobInfo>::iterator JobTable::FindLost(const std::string& id) {
+  return std::find_if(lost_.begin(), lost_.end(),
+                      [&](const JobInfo& info) { return info.request.id == id; });
 }
 
 }  // namespace zerod::server

@@ -6,6 +6,7 @@
 
 #include <condition_variable>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -77,9 +78,12 @@ class JobTable {
   // The committed blob of the session's rank.
   absl::StatusOr<std::pair<core::Step, std::string>> ClientState(const Session& session);
 
+  // Also the lost ones: those that had committed a step when a member was lost. Their ids are
+  // refused, so that nobody starts from step 0 without knowing it, until Delete.
   std::vector<JobInfo> List();
   size_t size();
-  // Ends a job and waits until its memory is free. NOT_FOUND; DEADLINE_EXCEEDED.
+  // Ends a job and waits until its memory is free, or forgets a lost one. NOT_FOUND;
+  // DEADLINE_EXCEEDED.
   absl::Status Delete(const std::string& id, absl::Duration timeout);
 
   void SetAdmission(Admission admission);  // only ever stricter
@@ -110,6 +114,8 @@ class JobTable {
                       std::shared_ptr<Entry>* entry);
   void OnEnded(const std::weak_ptr<Entry>& weak, const absl::Status& status);
   void Reap();
+  void RememberLost(JobInfo info);
+  std::deque<JobInfo>::iterator FindLost(const std::string& id);
 
   const MakeRunner make_runner_;
   PeerNetwork* const network_;
@@ -121,6 +127,7 @@ class JobTable {
   std::mutex mu_;  // guards the rest; never held while a runner is called
   std::condition_variable changed_;
   std::map<std::string, std::shared_ptr<Entry>> jobs_;
+  std::deque<JobInfo> lost_;  // oldest first
   Admission admission_ = Admission::kOpen;
   uint64_t next_incarnation_ = 1;
   bool stopping_ = false;

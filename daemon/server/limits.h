@@ -32,6 +32,7 @@ struct Limits {
   size_t connections_max = 512;         // gRPC connections on the Unix socket
   size_t fd_connections_max = 256;      // processes on the fd socket
   size_t jobs_max = 64;
+  size_t lost_jobs_max = 64;            // remembered, the oldest are forgotten
   uint32_t local_world_max = 64;        // ranks of a job on one node
   uint32_t world_max = 4096;
   size_t link_queue_bytes_max = size_t{256} << 20;  // unsent messages to one member

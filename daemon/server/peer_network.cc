@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <map>
+#include <string>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
@@ -359,6 +361,11 @@ class PeerNetworkImpl final : public PeerNetwork,
 
   absl::Status Listen(const std::string& listen, const std::string& advertise);
   std::shared_ptr<JobPeers> Join(PeerJob job) override;
+  void SetLost(const std::string& job, const absl::Status& why) override {
+    std::lock_guard lock(mu_);
+    lost_.erase(job);
+    if (!why.ok()) lost_.emplace(job, why);
+  }
   std::string address() const override { return address_; }
   void SetServing(bool serving) override {
     server_->GetHealthCheckService()->SetServingStatus(serving);
@@ -389,6 +396,7 @@ class PeerNetworkImpl final : public PeerNetwork,
   std::condition_variable wake_;
   bool stopping_ = false;                            // guarded by mu_
   std::vector<std::shared_ptr<JobPeersImpl>> jobs_;  // guarded by mu_
+  std::map<std::string, absl::Status> lost_;         // guarded by mu_
   std::vector<std::weak_ptr<ServerLink>> fresh_;     // hello has not come; guarded by mu_
   std::vector<Closing> closing_;                     // the ticker's own
   std::thread ticker_;
@@ -435,6 +443,9 @@ absl::StatusOr<std::shared_ptr<JobPeersImpl>> PeerNetworkImpl::Find(
     std::lock_guard lock(mu_);
     for (const std::shared_ptr<JobPeersImpl>& p : jobs_) {
       if (p->job().id == credentials.job() && !p->closed()) peers = p;
+    }
+    if (const auto lost = lost_.find(credentials.job()); peers == nullptr && lost != lost_.end()) {
+      return lost->second;
     }
   }
   if (peers == nullptr) {

@@ -51,6 +51,9 @@ class PeerNetwork {
 
   // REQUIRES: no other JobPeers of this id lives.
   virtual std::shared_ptr<JobPeers> Join(PeerJob job) = 0;
+  // Members that come for this job, which no JobPeers serves, are told `why` instead of being asked
+  // to wait; OK: they wait again.
+  virtual void SetLost(const std::string& job, const absl::Status& why) = 0;
   // What other daemons reach this one at.
   virtual std::string address() const = 0;
   virtual void SetServing(bool serving) = 0;

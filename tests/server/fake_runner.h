@@ -38,7 +38,15 @@ class FakeRunner : public engine::JobRunner {
     downs_.emplace_back(member, std::move(why));
   }
   void Fail(absl::Status why) override { End(std::move(why)); }
-  engine::JobSnapshot Snapshot() override { return {}; }
+  engine::JobSnapshot Snapshot() override {
+    std::lock_guard lock(mu_);
+    return snapshot_;
+  }
+  void SetCommitted(core::Step step, const std::string& reason) {
+    std::lock_guard lock(mu_);
+    snapshot_.committed_step = step;
+    snapshot_.reason = reason;
+  }
   const core::JobPlan& plan() const override { return plan_; }
   const engine::JobRequest& request() const override { return request_; }
 
@@ -66,6 +74,7 @@ class FakeRunner : public engine::JobRunner {
   const core::JobPlan plan_;
   std::mutex mu_;
   std::function<void(absl::Status)> ended_;
+  engine::JobSnapshot snapshot_;
   std::vector<std::pair<core::MemberIndex, core::Message>> messages_;
   std::vector<std::pair<core::MemberIndex, absl::Status>> downs_;
 };

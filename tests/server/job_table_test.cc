@@ -4,6 +4,7 @@
 #include <atomic>
 #include <future>
 #include <memory>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -34,9 +35,14 @@ class NoNetwork : public PeerNetwork {
     last = std::make_shared<NoPeers>();
     return last;
   }
+  void SetLost(const std::string& job, const absl::Status& why) override {
+    lost.erase(job);
+    if (!why.ok()) lost.insert(job);
+  }
   std::string address() const override { return "127.0.0.1:1"; }
   void SetServing(bool) override {}
   std::shared_ptr<NoPeers> last;
+  std::set<std::string> lost;
 };
 
 std::shared_ptr<const core::Layout> LayoutOf(int64_t columns) {
@@ -84,6 +90,7 @@ class JobTableTest : public ::testing::Test {
   static Limits SmallLimits() {
     Limits limits;
     limits.jobs_max = 2;
+    limits.lost_jobs_max = 2;
     return limits;
   }
   std::shared_ptr<Session> NewSession() {
@@ -170,6 +177,45 @@ TEST_F(JobTableTest, AnotherJobOfTheSameNameIsToldWhatDiffers) {
               HasSubstr("parameter 0 is w [4, 8] in group 0 there, w [4, 9] in group 0 here"));
   EXPECT_THAT(error([](auto* a) { a->config.gradient_clipping = 0.5; }),
               HasSubstr("gradient_clipping is 1.0 there, 0.5 here"));
+}
+
+TEST_F(JobTableTest, ALostJobIsNotBegunAnewUntilItIsDeleted) {
+  ASSERT_TRUE(table_.Attach(NewSession(), Arguments("a")).ok());
+  runner_->SetCommitted(7, "lost the shards of member 1");
+  runner_->End(absl::FailedPreconditionError("lost the shards of member 1"));
+  ASSERT_TRUE(table_.WaitEmpty(absl::Seconds(20)));
+  const absl::Status refused = table_.Attach(NewSession(), Arguments("a")).status();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("lost the shards of member 1"));
+  EXPECT_EQ(network_.lost.count("a"), 1u) << "the other members hear of it too";
+  ASSERT_EQ(table_.List().size(), 1u);
+  EXPECT_EQ(table_.List()[0].snapshot.committed_step, 7u);
+  EXPECT_TRUE(table_.Delete("a", absl::Seconds(20)).ok());
+  EXPECT_TRUE(network_.lost.empty());
+  EXPECT_TRUE(table_.Attach(NewSession(), Arguments("a")).ok());
+}
+
+TEST_F(JobTableTest, AJobThatLostNothingMayBeginAnew) {
+  for (const absl::Status& end :
+       {absl::OkStatus(), absl::AbortedError("deleted"), absl::FailedPreconditionError("early")}) {
+    ASSERT_TRUE(table_.Attach(NewSession(), Arguments("a")).ok()) << end;
+    runner_->SetCommitted(absl::IsFailedPrecondition(end) ? 0 : 7, "");
+    runner_->End(end);
+    ASSERT_TRUE(table_.WaitEmpty(absl::Seconds(20)));
+  }
+  EXPECT_TRUE(table_.Attach(NewSession(), Arguments("a")).ok());
+}
+
+TEST_F(JobTableTest, OnlyTheNewestLostJobsAreRemembered) {
+  for (int i = 0; i < 4; ++i) {
+    const std::string id = std::string("lost") + std::to_string(i);
+    ASSERT_TRUE(table_.Attach(NewSession(), Arguments(id)).ok());
+    runner_->SetCommitted(1, id);
+    runner_->End(absl::FailedPreconditionError(id));
+    ASSERT_TRUE(table_.WaitEmpty(absl::Seconds(20)));
+  }
+  EXPECT_EQ(network_.lost, (std::set<std::string>{"lost2", "lost3"}));
+  EXPECT_TRUE(table_.Attach(NewSession(), Arguments("lost0")).ok());
 }
 
 TEST_F(JobTableTest, AdmissionOnlyNarrows) {
