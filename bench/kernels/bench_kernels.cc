@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "bench/kernels/traffic.h"
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/optimizers.h"
 
 namespace zerod::kernels {
 namespace {

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "bench/kernels/traffic.h"
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/optimizers.h"
 
 namespace {
 

@@ -47,50 +47,16 @@ void Accumulate(const float* in, float* out, size_t n);
 // *nonfinite is set to true where a g[i] is Inf or NaN, else left alone.
 double SquaredNorm(const float* const* in, size_t count, size_t n, bool* nonfinite);
 
-// --- AdamW -----------------------------------------------------------------------------------
-// torch.optim.AdamW(amsgrad=False, maximize=False), single-tensor form (torch/optim/adam.py,
-// _single_tensor_adam), in the order in which torch's kernels compute it; fma(a, b, c) is a * b + c
-// rounded once, all else is rounded each time:
-//   g      = (sum of in) * grad_scale
-//   m      = fma(1 - beta1, g - m, m)                 (lerp; where 1 - beta1 >= 0.5, as torch,
-//                                                      fma((1 - beta1) - 1, g - m, g))
-//   v      = fma((1 - beta2) * g, g, beta2 * v)       (addcmul)
-//   denom  = fma(sqrt(v), 1 / sqrt(bias_correction2), eps)
-//   p      = p * decay - (step_size * m) / denom      (addcdiv)
-// in fp32 from the scalars below, which are derived in fp64. With torch 2.13 on AVX2 and AVX-512
-// m and v have torch's bits. denom has not: torch divides by sqrt(bias_correction2), adds eps
-// apart, and its square root is not always correctly rounded; p differs from torch's by that few
-// units in the last place of the update. 1 <= t; weight_decay 0 leaves p's decay out exactly.
-struct AdamWScalars {
-  float grad_scale;       // 1 / (world * loss scale) * clip factor
-  float decay;            // 1 - lr * weight_decay
-  float one_minus_beta1;
-  float beta2;
-  float one_minus_beta2;
-  float eps;
-  float step_size;              // lr / (1 - beta1^t)
-  float inverse_sqrt_bias2;     // 1 / sqrt(1 - beta2^t)
-};
-AdamWScalars MakeAdamWScalars(double lr, double beta1, double beta2, double eps,
-                              double weight_decay, uint64_t t, double grad_scale);
-
-// One pass: sums the `count` (1..kSourcesMax) gradients, updates p (fp32 master), m, v in place,
-// and where `copy` is not null writes the 16-bit copy of p (round to nearest even). The copy is
-// written past the caches, and visible to others as any store is when the function has returned.
-void AdamW(const AdamWScalars& s, const float* const* grads, size_t count, float* p, float* m,
-           float* v, bfloat16* copy, size_t n);
-
-// The same with the fp32 master kept as its bf16 copy plus a 16-bit remainder, the low half of its
+// --- The master as two halves ----------------------------------------------------------------
+// The fp32 master kept as its bf16 copy plus a 16-bit remainder, the low half of its
 // bits: p = Join(copy, remainder), exact for each of the 2^32 patterns. Split rounds half away from
 // zero, so a finite `copy` differs from CastToBf16 in ties alone.
 //
 // Rounding would carry NaNs with the highest payloads (0x7fffffff) into zeros, so a NaN is
 // truncated. As 2^32 codes are all in use, 65535 NaNs of each sign have copies that are not NaN:
 // 0x7f800001..0x7f807fff infinity, 0x7f808000..0x7f80ffff zero. They are signalling, and
-// arithmetic gives quiet NaNs alone: no AdamWSplit makes one.
+// arithmetic gives quiet NaNs alone: no AdamWSplit (optimizers.h) makes one.
 void SplitMaster(const float* p, bfloat16* copy, uint16_t* remainder, size_t n);
 void JoinMaster(const bfloat16* copy, const uint16_t* remainder, float* p, size_t n);
-void AdamWSplit(const AdamWScalars& s, const float* const* grads, size_t count, bfloat16* copy,
-                uint16_t* remainder, float* m, float* v, size_t n);
 
 }  // namespace zerod::kernels

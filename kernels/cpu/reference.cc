@@ -48,8 +48,13 @@ float Join(bfloat16 copy, uint16_t remainder) {
   return FromBits((bits & kMagnitudeMask) >= 0x7fff8000 ? bits - 0x7f0000 : bits);
 }
 
+float Gradient(float sum, float grad_scale, float l2, float p) {
+  const float g = sum * grad_scale;
+  return l2 == 0 ? g : std::fma(l2, p, g);
+}
+
 float UpdateAt(const AdamWScalars& s, float sum, float p, float* m, float* v) {
-  const float g = sum * s.grad_scale;
+  const float g = Gradient(sum, s.grad_scale, s.l2, p);
   const float distance = g - *m;
   *m = s.one_minus_beta1 < 0.5f ? std::fma(s.one_minus_beta1, distance, *m)
                                 : std::fma(s.one_minus_beta1 - 1.0f, distance, g);
@@ -111,6 +116,40 @@ void AdamWSplit(const AdamWScalars& s, const float* const* grads, size_t count, 
   for (size_t i = 0; i < n; ++i) {
     const float p = UpdateAt(s, SumAt(grads, count, i), Join(copy[i], remainder[i]), &m[i], &v[i]);
     Split(p, &copy[i], &remainder[i]);
+  }
+}
+
+void Lion(const LionScalars& s, const float* const* grads, size_t count, float* p, float* m,
+          bfloat16* copy, size_t n) {
+  for (size_t i = 0; i < n; ++i) {
+    const float g = Gradient(SumAt(grads, count, i), s.grad_scale, 0, p[i]);
+    const float u = std::fma(s.one_minus_beta1, g, s.beta1 * m[i]);
+    m[i] = std::fma(s.one_minus_beta2, g, s.beta2 * m[i]);
+    p[i] = p[i] * s.decay - (std::fabs(u) > 0 ? std::copysign(s.lr, u) : u);
+    if (copy != nullptr) copy[i] = ToBf16(p[i]);
+  }
+}
+
+void Adagrad(const AdagradScalars& s, const float* const* grads, size_t count, float* p,
+             float* sum, bfloat16* copy, size_t n) {
+  for (size_t i = 0; i < n; ++i) {
+    const float g = Gradient(SumAt(grads, count, i), s.grad_scale, s.l2, p[i]);
+    sum[i] = std::fma(g, g, sum[i]);
+    p[i] = p[i] - (s.clr * g) / (std::sqrt(sum[i]) + s.eps);
+    if (copy != nullptr) copy[i] = ToBf16(p[i]);
+  }
+}
+
+void Sgd(const SgdScalars& s, const float* const* grads, size_t count, float* p, float* b,
+         bfloat16* copy, size_t n) {
+  for (size_t i = 0; i < n; ++i) {
+    float g = Gradient(SumAt(grads, count, i), s.grad_scale, s.l2, p[i]);
+    if (b != nullptr) {
+      b[i] = std::fma(s.weight, g, s.momentum * b[i]);
+      g = s.nesterov ? std::fma(s.momentum, b[i], g) : b[i];
+    }
+    p[i] = std::fma(s.negative_lr, g, p[i]);
+    if (copy != nullptr) copy[i] = ToBf16(p[i]);
   }
 }
 

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The same functions as kernels.h, as plain loops over one element at a time: what the tests
-// compare with, what a CPU without a target of ours runs, and what the vector code calls for the
-// few elements before its first and after its last whole vector. Same contracts, same bits.
+// The same functions as kernels.h and optimizers.h, as plain loops over one element at a time: what
+// the tests compare with, what a CPU without a target of ours runs, and what the vector code calls
+// for the few elements before its first and after its last whole vector. Same contracts, same bits.
 #pragma once
 
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/optimizers.h"
 
 namespace zerod::kernels::reference {
 
@@ -24,5 +25,11 @@ void SplitMaster(const float* p, bfloat16* copy, uint16_t* remainder, size_t n);
 void JoinMaster(const bfloat16* copy, const uint16_t* remainder, float* p, size_t n);
 void AdamWSplit(const AdamWScalars& s, const float* const* grads, size_t count, bfloat16* copy,
                 uint16_t* remainder, float* m, float* v, size_t n);
+void Lion(const LionScalars& s, const float* const* grads, size_t count, float* p, float* m,
+          bfloat16* copy, size_t n);
+void Adagrad(const AdagradScalars& s, const float* const* grads, size_t count, float* p,
+             float* sum, bfloat16* copy, size_t n);
+void Sgd(const SgdScalars& s, const float* const* grads, size_t count, float* p, float* b,
+         bfloat16* copy, size_t n);
 
 }  // namespace zerod::kernels::reference

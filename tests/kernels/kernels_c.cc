@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The optimizer with C names, for Python's ctypes: tests and benchmarks beside torch.
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/optimizers.h"
 
 extern "C" {
 
@@ -31,6 +31,39 @@ void zerod_kernels_adamw_split(const AdamWOptions* o, uint64_t t, const float* c
   const zerod::kernels::AdamWScalars s = zerod::kernels::MakeAdamWScalars(
       o->lr, o->beta1, o->beta2, o->eps, o->weight_decay, t, o->grad_scale);
   zerod::kernels::AdamWSplit(s, grads, count, copy, remainder, m, v, n);
+}
+
+void zerod_kernels_adam(const AdamWOptions* o, uint64_t t, const float* const* grads, size_t count,
+                        float* p, float* m, float* v, uint16_t* copy, size_t n) {
+  const zerod::kernels::AdamWScalars s =
+      zerod::kernels::MakeAdamWScalars(o->lr, o->beta1, o->beta2, o->eps, o->weight_decay, t,
+                                       o->grad_scale, /*decoupled=*/false);
+  zerod::kernels::AdamW(s, grads, count, p, m, v, copy, n);
+}
+
+void zerod_kernels_lion(double lr, double beta1, double beta2, double weight_decay,
+                        double grad_scale, const float* const* grads, size_t count, float* p,
+                        float* m, uint16_t* copy, size_t n) {
+  zerod::kernels::Lion(
+      zerod::kernels::MakeLionScalars(lr, beta1, beta2, weight_decay, grad_scale), grads, count, p,
+      m, copy, n);
+}
+
+void zerod_kernels_adagrad(double lr, double lr_decay, double eps, double weight_decay, uint64_t t,
+                           double grad_scale, const float* const* grads, size_t count, float* p,
+                           float* sum, uint16_t* copy, size_t n) {
+  zerod::kernels::Adagrad(
+      zerod::kernels::MakeAdagradScalars(lr, lr_decay, eps, weight_decay, t, grad_scale), grads,
+      count, p, sum, copy, n);
+}
+
+// No momentum: `b` is null.
+void zerod_kernels_sgd(double lr, double momentum, double dampening, double weight_decay,
+                       bool nesterov, uint64_t t, double grad_scale, const float* const* grads,
+                       size_t count, float* p, float* b, uint16_t* copy, size_t n) {
+  zerod::kernels::Sgd(zerod::kernels::MakeSgdScalars(lr, momentum, dampening, weight_decay,
+                                                     nesterov, t, grad_scale),
+                      grads, count, p, b, copy, n);
 }
 
 }  // extern "C"

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizers of kernels/cpu beside torch.optim (foreach=False, fused=False), 20 steps; Lion,
+which torch has not, beside its paper's formula in torch.
+
+Goal: training with zerod follows training with torch. AdamW's moments are made of the same
+operations as torch's vector code for AVX2 and AVX-512, so there they must have the same bits. All
+else may differ by roundings (torch's square root is not correctly rounded on every CPU, and it
+rounds some products that are fused here): by a few units in the last place of the update.
+
+    optimizers_vs_torch.py PATH_OF_LIBKERNELS_TEST_C
+"""
+
+import ctypes
+import sys
+from ctypes import byref, c_bool, c_double, c_size_t, c_uint64, c_void_p
+
+try:
+    import torch
+except ImportError:
+    print("torch cannot be imported: skipped")
+    sys.exit(77)
+
+STEPS = 20
+RTOL = 2e-6
+SIZE = 100_003  # odd: whole vectors, and edges
+
+
+class Options(ctypes.Structure):
+    _fields_ = [(name, c_double)
+                for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "grad_scale")]
+
+
+def load(path):
+    library = ctypes.CDLL(path)
+    library.zerod_kernels_target.restype = ctypes.c_char_p
+    library.zerod_kernels_force_target.restype = ctypes.c_bool
+    return library
+
+
+def address(tensor):
+    return c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+class Lion(torch.optim.Optimizer):
+    """Algorithm 2 of the paper."""
+
+    def __init__(self, params, lr, betas, weight_decay):
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                u = m.mul(beta1).add_(p.grad, alpha=1 - beta1)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * u.sign())
+                m.mul_(beta2).add_(p.grad, alpha=1 - beta2)
+
+
+def run(library, make, ours, states, count, lr, exact=(), beginning=0.0, gain=None):
+    """`ours(library, step, scale, grads, count, p, *states, copy, n)`. A step moves a parameter by
+    `lr` at most, or with `gain` by lr * gain * |gradient|. Returns the largest difference of a
+    parameter, as a multiple of what is allowed."""
+    generator = torch.Generator().manual_seed(count)
+    theirs = torch.nn.Parameter(torch.randn(SIZE, generator=generator))
+    optimizer = make([theirs])
+    p = theirs.detach().clone()
+    arrays = {name: torch.full((SIZE,), beginning) for name in states}
+    copy = torch.zeros(SIZE, dtype=torch.bfloat16)
+    scale = 1.0 / (4 * count)
+    moved = torch.zeros(SIZE)
+    worst = 0.0
+    for step in range(1, STEPS + 1):
+        spread = 10.0 ** torch.randint(-6, 3, (SIZE,), generator=generator)
+        grads = [torch.randn(SIZE, generator=generator) * spread for _ in range(count)]
+        total = grads[0].clone()
+        for g in grads[1:]:
+            total += g
+        theirs.grad = total * scale
+        moved += lr if gain is None else lr * gain * theirs.grad.abs()
+        optimizer.step()
+        pointers = (c_void_p * count)(*(g.data_ptr() for g in grads))
+        ours(library, step, scale, pointers, c_size_t(count), address(p),
+             *(address(a) for a in arrays.values()), address(copy), c_size_t(SIZE))
+
+        if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+            for name in exact:
+                assert torch.equal(arrays[name], optimizer.state[theirs][name]), \
+                    f"step {step}: {name} differs"
+        assert torch.equal(copy, p.to(torch.bfloat16)), f"step {step}: 16-bit copy differs"
+        # Relative to the parameter or to the steps that moved it, whichever is larger: a parameter
+        # near zero has the rounding errors of the updates that brought it there.
+        allowed = RTOL * (theirs.detach().abs() + moved)
+        worst = max(worst, ((p - theirs.detach()).abs() / allowed).max().item())
+    return worst
+
+
+def adam(decoupled, lr, betas, eps, weight_decay):
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    name = "zerod_kernels_adamw" if decoupled else "zerod_kernels_adam"
+
+    def ours(library, step, scale, grads, count, p, m, v, copy, n):
+        options = Options(lr, *betas, eps, weight_decay, scale)
+        getattr(library, name)(byref(options), c_uint64(step), grads, count, p, m, v, copy, n)
+
+    moments = ("exp_avg", "exp_avg_sq")
+    return dict(
+        make=lambda params: kind(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+                                 foreach=False, fused=False),
+        ours=ours, states=moments, lr=lr, exact=moments if decoupled else ())
+
+
+def lion(lr, betas, weight_decay):
+    def ours(library, step, scale, grads, count, p, m, copy, n):
+        library.zerod_kernels_lion(c_double(lr), c_double(betas[0]), c_double(betas[1]),
+                                   c_double(weight_decay), c_double(scale), grads, count, p, m,
+                                   copy, n)
+
+    return dict(make=lambda params: Lion(params, lr, betas, weight_decay), ours=ours,
+                states=("exp_avg",), lr=lr, exact=("exp_avg",))
+
+
+def adagrad(lr, lr_decay, weight_decay, beginning):
+    def ours(library, step, scale, grads, count, p, total, copy, n):
+        library.zerod_kernels_adagrad(c_double(lr), c_double(lr_decay), c_double(1e-10),
+                                      c_double(weight_decay), c_uint64(step), c_double(scale),
+                                      grads, count, p, total, copy, n)
+
+    return dict(
+        make=lambda params: torch.optim.Adagrad(
+            params, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay,
+            initial_accumulator_value=beginning, foreach=False, fused=False),
+        ours=ours, states=("sum",), lr=lr, beginning=beginning)
+
+
+def sgd(lr, momentum, dampening, weight_decay, nesterov):
+    def ours(library, step, scale, grads, count, p, *rest):
+        b, copy, n = rest if momentum else (None, *rest)
+        library.zerod_kernels_sgd(c_double(lr), c_double(momentum), c_double(dampening),
+                                  c_double(weight_decay), c_bool(nesterov), c_uint64(step),
+                                  c_double(scale), grads, count, p, b, copy, n)
+
+    return dict(
+        make=lambda params: torch.optim.SGD(
+            params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+            nesterov=nesterov, foreach=False, fused=False),
+        ours=ours, states=("momentum_buffer",) if momentum else (), lr=lr,
+        gain=4 / (1 - momentum))
+
+
+CASES = {
+    "AdamW": (adam(True, 1e-3, (0.9, 0.999), 1e-8, 0.01), 1),
+    "AdamW, 2 gradients": (adam(True, 3e-4, (0.9, 0.95), 1e-8, 0.1), 2),
+    "AdamW, small beta1": (adam(True, 1e-2, (0.4, 0.99), 1e-6, 0.0), 1),
+    "AdamW, no beta1": (adam(True, 1e-3, (0.0, 0.999), 1e-8, 0.01), 3),
+    "Adam": (adam(False, 1e-3, (0.9, 0.999), 1e-8, 0.0), 1),
+    "Adam, weight decay": (adam(False, 1e-3, (0.9, 0.95), 1e-8, 0.1), 2),
+    "Lion": (lion(1e-4, (0.9, 0.99), 0.0), 1),
+    "Lion, weight decay": (lion(1e-3, (0.95, 0.98), 0.1), 3),
+    "Adagrad": (adagrad(1e-2, 0.0, 0.0, 0.0), 1),
+    "Adagrad, all": (adagrad(1e-2, 0.1, 0.01, 0.5), 2),
+    "SGD": (sgd(1e-2, 0.0, 0.0, 0.0, False), 1),
+    "SGD, weight decay": (sgd(1e-2, 0.0, 0.0, 0.1, False), 2),
+    "SGD, momentum": (sgd(1e-2, 0.9, 0.0, 0.1, False), 1),
+    "SGD, dampening": (sgd(1e-2, 0.9, 0.5, 0.0, False), 1),
+    "SGD, Nesterov": (sgd(1e-2, 0.9, 0.0, 0.1, True), 4),
+}
+
+
+def main():
+    library = load(sys.argv[1])
+    torch.set_num_threads(1)
+    wrong = []
+    for target in (b"AVX3", b"AVX2", b"SCALAR"):
+        if not library.zerod_kernels_force_target(target):
+            print(f"{target.decode()}: not on this CPU")
+            continue
+        for name, (case, count) in CASES.items():
+            worst = run(library, count=count, **case)
+            print(f"{target.decode()} {name}: {worst:.3f} of the allowed difference")
+            if not worst <= 1.0:
+                wrong.append((target.decode(), name))
+    assert not wrong, f"parameters differ from torch's by more than is allowed: {wrong}"
+
+
+if __name__ == "__main__":
+    main()
