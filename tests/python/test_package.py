@@ -381,14 +381,102 @@ def test_groups_and_schedules(fake):
         optimizer.step()
 
 
-def test_warmup_has_deepspeeds_values():
-    import zerod
+# What DeepSpeed 0.19.8 gave: the rates of the optimizer steps from the first.
+SCHEDULES = {
+    "log": (
+        "WarmupLR", dict(warmup_max_lr=1, warmup_num_steps=4), [0, 0, 0.5, 0.792481, 1, 1],
+    ),
+    "linear": (
+        "WarmupLR", dict(warmup_max_lr=1, warmup_num_steps=4, warmup_type="linear"),
+        [0, 0, 0.25, 0.5, 0.75, 1],
+    ),
+    "own rate": (
+        "WarmupLR", dict(warmup_num_steps=4, warmup_type="linear"),
+        [0, 0, 0.125, 0.25, 0.375, 0.5],
+    ),
+    "decay": (
+        "WarmupDecayLR",
+        dict(total_num_steps=10, warmup_max_lr=1, warmup_num_steps=4, warmup_type="linear"),
+        [0, 0, 0.25, 0.5, 0.75, 1, 0.8333, 0.6667, 0.5, 0.3333, 0.1667, 0],
+    ),
+    "cosine": (
+        "WarmupCosineLR",
+        dict(total_num_steps=10, warmup_num_steps=4, warmup_min_ratio=0.1, cos_min_ratio=0,
+             warmup_type="linear"),
+        [0, 0.05, 0.1625, 0.275, 0.3875, 0.466506, 0.375, 0.25, 0.125, 0.033494, 0, 0],
+    ),
+    "one cycle": (
+        "OneCycle",
+        dict(cycle_min_lr=0.1, cycle_max_lr=1, cycle_first_step_size=4, decay_lr_rate=1,
+             decay_step_size=2),
+        [0.1, 0.325, 0.55, 0.775, 1, 0.775, 0.55, 0.325, 0.1, 0.066667, 0.05, 0.04],
+    ),
+    "range": (
+        "LRRangeTest", dict(lr_range_test_min_lr=0.1, lr_range_test_step_size=2),
+        [0.1, 0.15, 0.2, 0.25, 0.3, 0.35],
+    ),
+    "staircase": (
+        "LRRangeTest",
+        dict(lr_range_test_min_lr=0.1, lr_range_test_step_size=2, lr_range_test_staircase=True),
+        [0.1, 0.1, 0.2, 0.2, 0.3, 0.3],
+    ),
+}
 
-    optimizer = zerod.AdamW([nn.Parameter(torch.zeros(1))])
-    log = zerod.WarmupLR(optimizer, 0, 1, 4, "log")
-    linear = zerod.WarmupLR(optimizer, 0, 1, 4, "linear")
-    assert [log.lr_at(i) for i in range(-1, 5)] == pytest.approx([0, 0, 0.5, 0.792481, 1, 1], 1e-5)
-    assert [linear.lr_at(i) for i in range(-1, 5)] == [0, 0, 0.25, 0.5, 0.75, 1]
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_have_deepspeeds_values(name):
+    from zerod import schedule
+
+    kind, arguments, expected = SCHEDULES[name]
+    def two_groups():
+        groups = [{"params": [nn.Parameter(torch.zeros(1))]} for _ in range(2)]
+        return torch.optim.AdamW(groups, lr=0.5)
+
+    optimizer = two_groups()
+    made = schedule.SCHEDULES[kind](optimizer, **arguments)
+    seen, resumed = [], None
+    for step in range(len(expected)):
+        seen.append(optimizer.param_groups[1]["lr"])
+        if step == 3:  # goes on from its state_dict alone
+            resumed = schedule.SCHEDULES[kind](two_groups(), **arguments)
+            resumed.load_state_dict(made.state_dict())
+        made.step()
+        if resumed is not None:
+            resumed.step()
+            assert resumed.get_last_lr() == made.get_last_lr()
+    assert seen == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+def test_one_cycle_moves_the_momentum_and_stands_on_stairs():
+    from zerod import schedule
+
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], betas=(0.9, 0.999))
+    cycle = schedule.OneCycle(optimizer, 0.0, 1.0, cycle_first_step_size=6,
+                              cycle_first_stair_count=2)
+    group = optimizer.param_groups[0]
+    assert group["betas"] == (0.8, 0.99)
+    rates, momentums = [], []
+    for _ in range(12):
+        cycle.step()
+        rates.append(group["lr"])
+        momentums.append(group["betas"][0])
+    assert rates == [0, 0, 0.5, 0.5, 0.5, 1, 0.5, 0.5, 0.5, 0, 0, 0]
+    assert momentums[5] == pytest.approx(0.8) and momentums[0] == pytest.approx(0.9)
+
+
+def test_schedules_refuse_what_makes_no_sense():
+    from zerod import schedule
+
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    for make in (
+        lambda: schedule.WarmupLR(optimizer, warmup_num_steps=0),
+        lambda: schedule.WarmupLR(optimizer, warmup_type="cubic"),
+        lambda: schedule.WarmupLR(optimizer, warmup_max_lr=[1, 2]),
+        lambda: schedule.OneCycle(optimizer, 0, 1, cycle_first_step_size=0),
+        lambda: schedule.LRRangeTest(optimizer, lr_range_test_step_size=2.5),
+    ):
+        with pytest.raises(ValueError):
+            make()
 
 
 def test_loader_deals_like_distributed_sampler():
