@@ -307,6 +307,8 @@ class Client:
 def _at(address, count, dtype):
     import ctypes
 
+    if count == 0:
+        return torch.empty(0, dtype=dtype)
     size = torch.tensor([], dtype=dtype).element_size()
     return torch.frombuffer((ctypes.c_char * (count * size)).from_address(address), dtype=dtype)
 

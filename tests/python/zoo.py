@@ -524,3 +524,49 @@ def one_module_in_two_places(rank, world):
             return x
 
     return Model(), simple(rank)
+
+
+@case
+def scalar_and_empty_parameters(rank, world):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor(2.0))
+            self.nothing = nn.Parameter(torch.zeros(0, 3))
+            self.linear = nn.Linear(WIDTH, 3)
+
+        def forward(self, x):
+            return self.linear(x) * self.gain + self.nothing.sum()
+
+    return Model(), simple(rank)
+
+
+@case
+def second_order(rank, world):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(WIDTH, WIDTH)
+            self.outer = nn.Linear(WIDTH, 1)
+
+        def forward(self, x):
+            x = x.requires_grad_()
+            y = self.outer(torch.tanh(self.inner(x)))
+            (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+            return y + slope.square().sum(1, keepdim=True)
+
+    return Model(), simple(rank)
+
+
+@case
+def transposed_parameter(rank, world):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, WIDTH).t())
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(x @ self.weight)
+
+    return Model(), simple(rank)

@@ -106,9 +106,12 @@ class PyClient {
     const std::shared_ptr<Client> client = Get();
     const DType type = ParseDType(dtype);
     const auto* gradient = reinterpret_cast<const void*>(data);
-    if (gradient == nullptr) Raise(absl::InvalidArgumentError("the gradient's address is null"));
-    const bool small = parameter < client->parameters().size() &&
-                       client->parameters()[parameter].elements <= kKeepGilElements;
+    const bool known = parameter < client->parameters().size();
+    // A parameter without elements has a gradient without an address.
+    if (gradient == nullptr && !(known && client->parameters()[parameter].elements == 0)) {
+      Raise(absl::InvalidArgumentError("the gradient's address is null"));
+    }
+    const bool small = known && client->parameters()[parameter].elements <= kKeepGilElements;
     Check(small ? client->Land(parameter, gradient, type)
                 : WithoutGil([&] { return client->Land(parameter, gradient, type); }));
   }
