@@ -130,6 +130,19 @@ absl::Status Gradients::Scatter(uint32_t u, bool last, uint64_t step) {
   return absl::OkStatus();
 }
 
+absl::Status Gradients::EndMicroStep(uint64_t step) {
+  if (!plan_.node_sum) return absl::OkStatus();
+  RETURN_IF_ERROR(TakeAnswers());
+  // What is open belongs to this micro-step, and is added in its place.
+  while (const std::optional<uint32_t> open = OldestOpen()) {
+    RETURN_IF_ERROR(Post(*open, /*last=*/false, step));
+  }
+  shm::SubmitEntry entry{};
+  entry.op = shm::Op::kMicroStep;
+  entry.step = step;
+  return requests_->PostUnanswered(entry);
+}
+
 absl::Status Gradients::Reclaim(uint32_t u, uint64_t step) {
   Unit& unit = units_[u];
   if (!unit.last) return absl::OkStatus();
@@ -213,7 +226,12 @@ absl::Status Gradients::TakeAnswers() {
   return error_;
 }
 
+// Waits for the answer to any scatter. Those that wait for other ranks are not to keep this one
+// waiting: the daemon is asked to put one of them elsewhere.
 absl::Status Gradients::AwaitAnswer() {
+  shm::SubmitEntry entry{};
+  entry.op = shm::Op::kMakeRoom;
+  RETURN_IF_ERROR(requests_->PostUnanswered(entry));
   std::vector<uint64_t> cookies;
   for (const InFlight& slot : in_flight_) cookies.push_back(slot.cookie);
   const absl::Time start = absl::Now();
@@ -241,6 +259,16 @@ void Gradients::Compact() {
   }
 }
 
+// The unit whose open slot was opened first.
+std::optional<uint32_t> Gradients::OldestOpen() const {
+  std::optional<uint32_t> oldest;
+  for (uint32_t u = 0; u < units_.size(); ++u) {
+    if (!units_[u].open) continue;
+    if (!oldest.has_value() || units_[u].opened < units_[*oldest].opened) oldest = u;
+  }
+  return oldest;
+}
+
 absl::Status Gradients::OpenSlot(uint32_t u, uint64_t step) {
   const uint64_t bytes = SlotBytes(u);
   if (bytes > plan_.gradient_bytes) {
@@ -254,14 +282,11 @@ absl::Status Gradients::OpenSlot(uint32_t u, uint64_t step) {
   // that depends on time, so the order of sums is the same in every run.
   for (;;) {
     uint64_t open_bytes = 0;
-    std::optional<uint32_t> oldest;
     for (uint32_t other = 0; other < units_.size(); ++other) {
-      if (!units_[other].open) continue;
-      open_bytes += SlotBytes(other);
-      if (!oldest.has_value() || units_[other].opened < units_[*oldest].opened) oldest = other;
+      if (units_[other].open) open_bytes += SlotBytes(other);
     }
     if (open_bytes + bytes <= plan_.gradient_bytes) break;
-    RETURN_IF_ERROR(Post(*oldest, /*last=*/false, step));
+    RETURN_IF_ERROR(Post(*OldestOpen(), /*last=*/false, step));
   }
   std::optional<uint64_t> room = FindRoom(bytes);
   while (!room.has_value() && !in_flight_.empty()) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Life of the job: members, attachments, failure, and the pump that carries reports to the
-// sequencer and entries back. Requests are in job_clients.cc, the log in job_log.cc.
+// sequencer and entries back. Requests are in job_clients.cc and job_gradients.cc, the log in
+// job_log.cc.
 #include "daemon/core/job.h"
 
 #include <algorithm>
@@ -74,7 +75,8 @@ absl::Status Job::OnAttach(SlotIndex slot, Rank rank) {
   s.state = SlotState::kAttached;
   s.rank = rank;
   s.marks.assign(units_.size(), 0);
-  s.passes.assign(units_.size(), 0);
+  s.unmarked.assign(units_.size(), false);
+  s.indices.assign(units_.size(), 0);
   Tell(ClientAttached{rank});
   Pump();
   return absl::OkStatus();

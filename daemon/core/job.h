@@ -98,13 +98,28 @@ struct StartReduce {
   Step step = 0;
   uint32_t round = 0;
 };
-// node_sum: add the gradient that lies at `staging_offset` of the slot's gradient file to the
-// node's accumulator (`first`: write instead of add). Then OnAccumulateDone.
+// node_sum: add the gradient that lies at `staging_offset` of the slot's gradient file, or where
+// `aside` is not 0 what was set aside under that number (nobody asks for it again), to the node's
+// accumulator (`first`: write instead of add). Then OnAccumulateDone.
 struct StartAccumulate {
   UnitIndex unit = 0;
   SlotIndex slot = 0;
   uint64_t staging_offset = 0;
   bool first = false;
+  uint64_t aside = 0;
+};
+// node_sum: copy what was touched of the gradient at `staging_offset` of the slot's gradient file
+// into memory of the daemon, `bytes`, under the number `aside`. Then OnSetAsideDone.
+struct StartSetAside {
+  UnitIndex unit = 0;
+  SlotIndex slot = 0;
+  uint64_t staging_offset = 0;
+  uint64_t aside = 0;
+  uint64_t bytes = 0;
+};
+// What was set aside under this number is worth nothing.
+struct DropAside {
+  uint64_t aside = 0;
 };
 // Squares of the blocks of own shards, of every unit reduced in `step`; zero for the others. Then
 // OnNormDone.
@@ -142,7 +157,8 @@ struct StartRead {
   uint64_t count = 0;
   StateKind kind = StateKind::kMaster;
 };
-// The gradients of the step under way are worth nothing: forget marks, sums and pending blobs.
+// The gradients of the step under way are worth nothing: forget marks, sums, pending blobs and all
+// that was set aside.
 struct DropGradients {};
 // The job is over on this member: OK = every client left; else it failed. No action follows.
 struct End {
@@ -150,7 +166,8 @@ struct End {
 };
 using Action =
     std::variant<Complete, FailSlot, Send, Connect, StartAllGather, StartReduce, StartAccumulate,
-                 ComputeNorm, CommitBlobs, StartApply, StartPut, StartRead, DropGradients, End>;
+                 StartSetAside, DropAside, ComputeNorm, CommitBlobs, StartApply, StartPut,
+                 StartRead, DropGradients, End>;
 
 enum class JobState : uint8_t { kForming, kRunning, kFailed, kEnded };
 
@@ -171,6 +188,10 @@ class Job {
   // `touched`: per parameter of the unit (Unit::parameters order), what this scatter carries.
   void OnScatter(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step, bool last,
                  uint64_t staging_offset, const std::vector<bool>& touched);
+  // A backward pass of this client is over: what it scatters from here on is of the next one.
+  void OnMicroStep(SlotIndex slot, Step step);
+  // node_sum: the client has no room in its staging: it waits for the answer to any scatter.
+  void OnMakeRoom(SlotIndex slot);
   void OnReclaim(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step);
   // `trace`: the units this client gathered in this step, in order (checked here).
   void OnStep(SlotIndex slot, uint64_t cookie, Step step, const HyperParameters& hyper,
@@ -189,6 +210,8 @@ class Job {
   void OnConnected(const absl::Status& status);
   void OnEntryDone(uint64_t seq, const absl::Status& status);
   void OnAccumulateDone(UnitIndex unit, SlotIndex slot);
+  // `done` false: there was no memory for it; it lies where it lay.
+  void OnSetAsideDone(UnitIndex unit, uint64_t aside, bool done);
   void OnNormDone(Step step, NormPart part);
   void OnApplyDone(UnitIndex unit, Step step);
   // Ends the job everywhere (an operator, a drain, a fabric that broke).
@@ -220,7 +243,11 @@ class Job {
     HyperParameters hyper;
     uint64_t scalars = 0;          // posted in this generation
     std::vector<uint8_t> marks;    // per unit: rounds closed in this step, by SCATTER or RECLAIM
-    std::vector<uint32_t> passes;  // node_sum, per unit: scatters of the round under way
+    std::vector<bool> unmarked;    // per unit: scattered since the last mark
+    // node_sum. Where the next scatter belongs: (micro_steps, indices[unit]) of round marks + 1.
+    uint64_t micro_steps = 0;        // ended in this step
+    std::vector<uint32_t> indices;   // per unit: scatters in this micro-step and round
+    bool wants_room = false;         // waits for the answer to any of its scatters
     size_t cursor = 0;             // where in the forecast it was last seen
   };
   struct Waiter {
@@ -233,13 +260,18 @@ class Job {
     std::vector<std::optional<ScalarValues>> values;  // per slot
     std::vector<Waiter> waiters;
   };
-  struct Staged {  // node_sum: a gradient that lies in a client's staging
+  struct Staged {  // node_sum: a gradient that is not in the accumulator yet
     SlotIndex slot = 0;
-    uint64_t cookie = 0;
-    uint64_t offset = 0;
+    uint64_t cookie = 0;  // 0: answered, since it was set aside
+    uint64_t offset = 0;  // in the client's staging
     uint32_t round = 0;
-    uint32_t pass = 0;
-    auto Key() const { return std::make_tuple(round, pass, slot); }
+    uint64_t micro_step = 0;
+    uint32_t index = 0;   // in the micro-step and round
+    uint64_t bytes = 0;   // of what was touched
+    uint64_t order = 0;   // of coming, among all of this member
+    uint64_t aside = 0;   // not 0: set aside under this number, or on its way there
+    bool moving = false;  // on its way there
+    auto Key() const { return std::make_tuple(round, micro_step, index, slot); }
   };
   struct UnitState {
     std::vector<Waiter> waiters;   // gathers not yet answered
@@ -258,7 +290,7 @@ class Job {
     std::vector<bool> touched;     // of this step, per parameter of the unit
   };
 
-  // Requests (job_clients.cc).
+  // Requests (job_clients.cc, job_gradients.cc).
   bool Attached(SlotIndex slot) const;
   absl::Status CheckUnitAndStep(UnitIndex unit, Step step) const;
   absl::Status CheckRange(UnitIndex unit, uint64_t begin, uint64_t count) const;
@@ -271,7 +303,14 @@ class Job {
   void AnswerReclaims(UnitIndex unit);
   void CloseRounds(SlotIndex slot, uint32_t rounds);
   void PumpStaging(UnitIndex unit);
-  bool Settled(const Slot& slot, UnitIndex unit, uint32_t round, uint32_t pass) const;
+  void PumpRoom();
+  Staged* OldestInStaging(SlotIndex slot, UnitIndex* unit);
+  uint64_t AsideMax(const Slot& slot) const;
+  void ForgetStaged(UnitState* u, const absl::Status& why);
+  uint64_t TouchedBytes(UnitIndex unit, const std::vector<bool>& touched) const;
+  bool Passed(const Slot& slot, UnitIndex unit, const Staged& s, uint32_t index) const;
+  bool Ready(UnitIndex unit, const Staged& s) const;
+  bool Waits(UnitIndex unit, const Staged& s) const;
   void SetForecast(const std::vector<UnitIndex>& trace);
   void Saw(SlotIndex slot, UnitIndex unit);
   uint64_t NextUse(UnitIndex unit) const;
@@ -330,6 +369,10 @@ class Job {
   absl::flat_hash_map<uint64_t, Waiter> exchange_waiters_;  // PUT and READ under way, by seq
   std::deque<Waiter> requests_;       // PUT and READ of this node, in the order told
   std::deque<ScalarWait> scalars_;
+  uint64_t scatters_ = 0;       // node_sum: so far, for Staged::order
+  uint64_t asides_ = 0;         // numbers given to what was set aside
+  uint64_t aside_bytes_ = 0;    // set aside now, or on its way there
+  uint32_t setting_aside_ = 0;  // on their way there
   bool step_reported_ = false;
   bool norm_running_ = false;
   uint32_t applying_ = 0;

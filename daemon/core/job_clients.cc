@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What clients ask: checks, answers, and the reports that follow from them.
+// What clients ask: checks, answers, and the reports that follow from them. Gradients are in
+// job_gradients.cc.
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
@@ -207,155 +208,6 @@ void Job::Forecast() {
   }
 }
 
-// --- Gradients -------------------------------------------------------------------------------
-
-void Job::OnScatter(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step, bool last,
-                    uint64_t staging_offset, const std::vector<bool>& touched) {
-  if (!Attached(slot)) return;
-  absl::Status status = CheckUnitAndStep(unit, step);
-  Slot& s = slots_[slot];
-  if (status.ok() && s.stepped) {
-    status = absl::FailedPreconditionError("a scatter after STEP and before its answer");
-  } else if (status.ok() && (s.marks[unit] >= kRoundsMax ||
-                             touched.size() != units_[unit].touched.size())) {
-    status = absl::InvalidArgumentError("too many scatters, or touched bits of another size");
-  }
-  if (status.ok()) status = MissingRank();
-  if (!status.ok()) return Answer({slot, cookie}, status);
-  UnitState& u = units_[unit];
-  for (size_t i = 0; i < touched.size(); ++i) {
-    if (touched[i]) u.touched[i] = true;
-  }
-  if (spec_.node_sum) {
-    Staged staged{slot, cookie, staging_offset, s.marks[unit] + 1u, s.passes[unit]++};
-    auto place = std::upper_bound(
-        u.staged.begin(), u.staged.end(), staged,
-        [](const Staged& a, const Staged& b) { return a.Key() < b.Key(); });
-    // The first may be on its way to the accumulator already; it stays the first.
-    if (place == u.staged.begin() && u.accumulating) ++place;
-    u.staged.insert(place, staged);
-  } else {
-    Answer({slot, cookie}, absl::OkStatus());
-  }
-  if (last) {
-    ++s.marks[unit];
-    s.passes[unit] = 0;
-  }
-  if (spec_.node_sum) PumpStaging(unit);
-  MaybeReportGradients(unit);
-  Pump();
-}
-
-// True when `slot` will hand over nothing more of `unit` up to (round, pass).
-bool Job::Settled(const Slot& slot, UnitIndex unit, uint32_t round, uint32_t pass) const {
-  if (slot.stepped || slot.marks[unit] >= round) return true;
-  return slot.marks[unit] + 1u == round && slot.passes[unit] > pass;
-}
-
-// node_sum: adds what is next in the fixed order (round, micro-step, rank), if it is there.
-void Job::PumpStaging(UnitIndex unit) {
-  UnitState& u = units_[unit];
-  if (u.accumulating || u.staged.empty() || u.reducing != 0) return;
-  const Staged& next = u.staged.front();
-  // A later round goes to the accumulator only when the round before has left it.
-  if (next.round > u.reduced_round + 1) return;
-  for (SlotIndex i = 0; i < slots_.size(); ++i) {
-    if (i == next.slot) continue;
-    const bool before = i < next.slot ? Settled(slots_[i], unit, next.round, next.pass)
-                                      : next.pass == 0 ||
-                                            Settled(slots_[i], unit, next.round, next.pass - 1);
-    if (!before) return;
-  }
-  u.accumulating = true;
-  Emit(StartAccumulate{unit, next.slot, next.offset, /*first=*/!u.accumulated});
-  u.accumulated = true;
-}
-
-void Job::OnAccumulateDone(UnitIndex unit, SlotIndex slot) {
-  if (state_ != JobState::kRunning || unit >= units_.size()) return;
-  UnitState& u = units_[unit];
-  if (!u.accumulating) return;
-  CHECK(!u.staged.empty() && u.staged.front().slot == slot);
-  u.accumulating = false;
-  const Waiter waiter{slot, u.staged.front().cookie};
-  u.staged.erase(u.staged.begin());
-  Answer(waiter, absl::OkStatus());
-  PumpStaging(unit);
-  MaybeReportGradients(unit);
-  MaybeReportStep();
-  Advance();  // a new generation waits for the accumulators
-  Pump();
-}
-
-// A round is this node's when each of its clients has marked it or sent STEP.
-void Job::MaybeReportGradients(UnitIndex unit) {
-  if (state_ != JobState::kRunning || step_reported_) return;
-  UnitState& u = units_[unit];
-  for (;;) {
-    const uint32_t round = u.reported_round + 1;
-    bool any = false;
-    for (const Slot& s : slots_) {
-      if (s.state != SlotState::kAttached) return;
-      if (s.marks[unit] >= round) {
-        any = true;
-      } else if (!s.stepped) {
-        return;
-      }
-    }
-    if (!any) return;
-    if (!u.staged.empty() && u.staged.front().round <= round) return;
-    u.reported_round = round;
-    Tell(GradientsReady{unit, committed_ + 1, round});
-  }
-}
-
-void Job::OnReclaim(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step) {
-  if (!Attached(slot)) return;
-  absl::Status status = CheckUnitAndStep(unit, step);
-  if (status.ok() && (slots_[slot].stepped || slots_[slot].marks[unit] == 0)) {
-    status = absl::FailedPreconditionError("a reclaim of a unit that was not scattered");
-  }
-  if (status.ok()) status = MissingRank();
-  if (!status.ok()) return Answer({slot, cookie}, status);
-  units_[unit].reclaims.push_back({slot, cookie});
-  CloseRounds(slot, slots_[slot].marks[unit]);
-  AnswerReclaims(unit);
-  Pump();
-}
-
-uint32_t Job::NextRound(SlotIndex slot, UnitIndex unit) const {
-  if (!Attached(slot) || unit >= units_.size()) return 1;
-  return slots_[slot].marks[unit] + 1u;
-}
-
-// The client waits until `rounds` rounds of a unit are reduced, so it adds nothing to those rounds
-// of any other unit: what it scatters later belongs to the next one. Else two ranks that take
-// different paths would wait for each other's mark, each in its own RECLAIM.
-void Job::CloseRounds(SlotIndex slot, uint32_t rounds) {
-  Slot& s = slots_[slot];
-  for (UnitIndex u = 0; u < units_.size(); ++u) {
-    if (s.marks[u] >= rounds) continue;
-    s.marks[u] = static_cast<uint8_t>(rounds);
-    s.passes[u] = 0;
-    if (spec_.node_sum) PumpStaging(u);
-    MaybeReportGradients(u);
-  }
-}
-
-void Job::AnswerReclaims(UnitIndex unit) {
-  UnitState& u = units_[unit];
-  std::vector<Waiter> later;
-  for (const Waiter& w : std::exchange(u.reclaims, {})) {
-    if (u.reducing == 0 && u.reduced_round >= slots_[w.slot].marks[unit]) {
-      // One member: nothing was moved, the sum is taken again over all that lies there.
-      Answer(w, absl::OkStatus(), spec_.members > 1 || spec_.node_sum ? 1 : 0);
-    } else {
-      later.push_back(w);
-    }
-  }
-  u.reclaims = std::move(later);
-}
-
 // --- STEP ------------------------------------------------------------------------------------
 
 void Job::OnStep(SlotIndex slot, uint64_t cookie, Step step, const HyperParameters& hyper,
@@ -393,13 +245,14 @@ void Job::OnStep(SlotIndex slot, uint64_t cookie, Step step, const HyperParamete
   s.cursor = 0;
   if (slot == 0 && !trace.empty()) SetForecast(trace);
   for (UnitIndex u = 0; u < units_.size(); ++u) {
-    if (s.passes[u] != 0) {  // scattered, but not marked: STEP is the mark
+    if (s.unmarked[u]) {  // STEP is the mark
       ++s.marks[u];
-      s.passes[u] = 0;
+      s.unmarked[u] = false;
     }
     if (spec_.node_sum) PumpStaging(u);
     MaybeReportGradients(u);
   }
+  PumpRoom();
   MaybeReportStep();
   Pump();
 }

@@ -62,6 +62,7 @@ bool Job::CanStart(const Entry& e) const {
       return !finishing_step_;
     case EntryKind::kGeneration:
       return running_.empty() && !norm_running_ && applying_ == 0 && !finishing_step_ &&
+             setting_aside_ == 0 &&
              std::none_of(units_.begin(), units_.end(),
                           [](const UnitState& s) { return s.accumulating; });
   }
@@ -304,8 +305,12 @@ void Job::ResetStep() {
   for (Slot& s : slots_) {
     s.stepped = false;
     std::fill(s.marks.begin(), s.marks.end(), 0);
-    std::fill(s.passes.begin(), s.passes.end(), 0);
+    std::fill(s.unmarked.begin(), s.unmarked.end(), false);
+    std::fill(s.indices.begin(), s.indices.end(), 0);
+    s.micro_steps = 0;
+    s.wants_room = false;
   }
+  aside_bytes_ = 0;
   for (UnitIndex i = 0; i < units_.size(); ++i) {
     UnitState& u = units_[i];
     u.reduced_round = u.reported_round = 0;
@@ -348,11 +353,7 @@ void Job::StartLeave(const Entry& e) {
   // The step under way cannot complete: what waits for another rank's part of it never ends.
   for (UnitState& u : units_) {
     AnswerAll(&u.reclaims, missing);
-    const size_t kept = u.accumulating ? 1 : 0;  // answered when it is done
-    for (size_t i = kept; i < u.staged.size(); ++i) {
-      Answer({u.staged[i].slot, u.staged[i].cookie}, missing);
-    }
-    u.staged.resize(kept);
+    ForgetStaged(&u, missing);
   }
   for (SlotIndex i = 0; i < slots_.size(); ++i) {
     if (!slots_[i].stepped) continue;

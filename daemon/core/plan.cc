@@ -182,7 +182,7 @@ std::vector<std::pair<std::string, uint64_t>> MemoryPlan::Named() const {
           {"gradients", gradients},     {"moments", moments},
           {"window", window},           {"accumulator", accumulator},
           {"client_gradients", client_gradients}, {"staging", staging},
-          {"control", control}};
+          {"set_aside", set_aside}, {"control", control}};
 }
 
 uint64_t MemoryPlan::total() const {

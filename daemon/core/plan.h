@@ -27,6 +27,8 @@ namespace zerod::core {
 //   accumulator node_sum: the node's sum of its clients' gradients
 //   client_gradients  all clients' gradient files
 //   staging     buffers of transfers in flight
+//   set_aside   node_sum: gradients that left their clients' staging before their turn. Taken at
+//               need and given back with the step, one gradient at most: not part of the plan
 struct MemoryPlan {
   uint64_t parameters = 0;
   uint64_t copies = 0;
@@ -36,6 +38,7 @@ struct MemoryPlan {
   uint64_t accumulator = 0;
   uint64_t client_gradients = 0;
   uint64_t staging = 0;
+  uint64_t set_aside = 0;
   uint64_t control = 0;  // rings, tables, transfer areas
   uint64_t total() const;
   std::vector<std::pair<std::string, uint64_t>> Named() const;

@@ -133,10 +133,12 @@ void JobRunnerImpl::Do(core::CommitBlobs& action) {
     blobs_[slot.client->rank] = {action.step, std::move(slot.pending_blob->second)};
     slot.pending_blob.reset();
   }
+  GiveSideMemoryBack();
 }
 
 void JobRunnerImpl::Do(core::DropGradients&) {
   book_->Drop();
+  GiveSideMemoryBack();
   for (SlotInfo& slot : slots_) slot.pending_blob.reset();
   first_step_at_.reset();
 }
@@ -277,44 +279,6 @@ bool JobRunnerImpl::Initialized() const {
 }
 
 // --- Arithmetic --------------------------------------------------------------------------------
-
-void JobRunnerImpl::Do(core::StartAccumulate& action) {
-  const std::shared_ptr<ClientSlot> client = slots_[action.slot].client;
-  auto task = std::make_shared<AccumulateTask>();
-  task->context = &move_;
-  task->unit = action.unit;
-  task->keep_alive = client;
-  const core::Unit& unit = request_.layout->units()[action.unit];
-  bool found = false;
-  if (client != nullptr) {
-    for (const auto& [cookie, request] : client->pending) {
-      if (request.op != shm::Op::kScatter || request.unit != action.unit ||
-          request.staging_offset != action.staging_offset ||
-          request.touched.size() != unit.parameters.size()) {
-        continue;
-      }
-      task->touched = request.touched;
-      found = true;
-    }
-  }
-  const UnitIndex u = action.unit;
-  const core::SlotIndex slot = action.slot;
-  if (!found) {
-    // The client died or was detached meanwhile: its generation ends, and with it this step.
-    book_->Accumulate(u, action.first, std::vector<bool>(unit.parameters.size()));
-    mailbox_->Post([this, u, slot] { job_->OnAccumulateDone(u, slot); });
-    return;
-  }
-  task->add = book_->Accumulate(u, action.first, task->touched);
-  const uint64_t header = (unit.parameters.size() + 63) / 64 * 64;
-  task->gradient =
-      reinterpret_cast<const float*>(client->gradient() + action.staging_offset + header);
-  const Range all{0, unit.trainable_elements};
-  const absl::Status status = workers_->Run(
-      PartsOf(all.size()), [task, all](size_t part) { Accumulate(*task, PartOf(all, part)); },
-      [this, u, slot] { job_->OnAccumulateDone(u, slot); });
-  if (!status.ok()) Broken(status);
-}
 
 void JobRunnerImpl::ComputeSquares(core::Step step, const std::vector<UnitIndex>& units,
                                    std::function<void()> done) {

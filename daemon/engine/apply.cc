@@ -38,6 +38,13 @@ struct ParameterUpdate {
   }
 };
 
+// Where the elements `part` of the unit's i-th parameter lie, if its first one lies at begins[i].
+uint64_t PlaceOf(const MoveContext& c, core::UnitIndex u, size_t i,
+                 const std::vector<uint64_t>& begins, Range part) {
+  const core::Parameter& p = c.layout->parameters()[c.layout->units()[u].parameters[i]];
+  return begins[i] + (part.begin - p.offset);
+}
+
 }  // namespace
 
 absl::Status CheckApply(const ApplyTask& task) {
@@ -100,13 +107,25 @@ void Apply(const ApplyTask& task, Range range) {
 void Accumulate(const AccumulateTask& task, Range range) {
   const MoveContext& c = *task.context;
   ForEachParameter(*c.layout, task.unit, range, [&](size_t i, Range part) {
-    if (!task.touched[i]) return;
+    if (!task.gradient.touched[i]) return;
+    const StagedGradient& from = task.gradient;
+    const float* const in = from.data + PlaceOf(c, task.unit, i, from.begins, part);
     float* const out = c.store->accumulator(task.unit, part.begin);
     if (task.add[i]) {
-      kernels::Accumulate(task.gradient + part.begin, out, part.size());
+      kernels::Accumulate(in, out, part.size());
     } else {
-      memcpy(out, task.gradient + part.begin, part.size() * sizeof(float));
+      memcpy(out, in, part.size() * sizeof(float));
     }
+  });
+}
+
+void SetAside(const SetAsideTask& task, Range range) {
+  const MoveContext& c = *task.context;
+  ForEachParameter(*c.layout, task.unit, range, [&](size_t i, Range part) {
+    if (!task.from.touched[i]) return;
+    memcpy(task.to + PlaceOf(c, task.unit, i, task.begins, part),
+           task.from.data + PlaceOf(c, task.unit, i, task.from.begins, part),
+           part.size() * sizeof(float));
   });
 }
 

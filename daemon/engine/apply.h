@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One unit of COMMIT, and one client's gradient into the node's accumulator: the arithmetic that
-// workers do between two log entries. Each is a function of a range of elements, so that it can
-// be shared out; elements are independent and no cutting changes a bit.
+// One unit of COMMIT, and one client's gradient into the node's accumulator or out of its staging:
+// the arithmetic that workers do between two log entries. Each is a function of a range of
+// elements, so that it can be shared out; elements are independent and no cutting changes a bit.
 #pragma once
 
 #include <memory>
@@ -12,6 +12,7 @@
 #include "daemon/engine/gradient_book.h"
 #include "daemon/engine/movements.h"
 #include "daemon/engine/window_files.h"
+#include "storage/arena/arena.h"
 
 namespace zerod::engine {
 
@@ -27,14 +28,31 @@ absl::Status CheckApply(const ApplyTask& task);
 // AdamW on the touched parameters' elements in `range`, which this member keeps.
 void Apply(const ApplyTask& task, core::Range range);
 
+// A gradient that one client handed over, in its staging or set aside. Immutable, any thread.
+struct StagedGradient {
+  const float* data = nullptr;
+  std::vector<bool> touched;        // per parameter of the unit
+  std::vector<uint64_t> begins;     // per parameter touched: its first element, from `data`
+  std::shared_ptr<ClientSlot> client;      // whose memory it is, or
+  std::shared_ptr<const arena::Region> aside;
+};
+
 struct AccumulateTask {
   const MoveContext* context = nullptr;
   core::UnitIndex unit = 0;
-  const float* gradient = nullptr;  // Unit::trainable_elements, in the client's staging
-  std::vector<bool> touched;        // per parameter of the unit
-  std::vector<bool> add;            // per parameter: add to the accumulator, else write
-  std::shared_ptr<ClientSlot> keep_alive;
+  StagedGradient gradient;
+  std::vector<bool> add;  // per parameter: add to the accumulator, else write
 };
 void Accumulate(const AccumulateTask& task, core::Range range);
+
+// What was touched of `from`, one parameter behind the other, to `to`.
+struct SetAsideTask {
+  const MoveContext* context = nullptr;
+  core::UnitIndex unit = 0;
+  StagedGradient from;
+  std::vector<uint64_t> begins;  // per parameter touched: its first element, from `to`
+  float* to = nullptr;
+};
+void SetAside(const SetAsideTask& task, core::Range range);
 
 }  // namespace zerod::engine

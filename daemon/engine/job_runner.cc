@@ -108,6 +108,8 @@ absl::Status JobRunnerImpl::Reserve() {
   }
   book_ = std::make_unique<GradientBook>(request_.layout, partition_.get(), request_.self,
                                          request_.local_world, &plan_, store_.get());
+  side_ = std::make_unique<SideBuffer>(arena_, request_.id,
+                                       request_.layout->trainable_elements() * sizeof(float));
   return absl::OkStatus();
 }
 
@@ -193,6 +195,7 @@ void JobRunnerImpl::ReportMemory() {
   actual.moments = store_->moments_bytes();
   actual.accumulator = store_->accumulator_bytes();
   actual.staging = staging_.populated_bytes();
+  actual.set_aside = side_->bytes();
   actual.control = window_->units_bytes();
   for (const SlotInfo& slot : slots_) {
     if (slot.client == nullptr) continue;

@@ -2,7 +2,8 @@
 //
 // The JobRunner: one loop thread that owns core::Job and everything below marked "loop". What it
 // does lies in job_runner.cc (birth, the public calls), loop.cc (waiting, deaths, time limits),
-// requests.cc (what clients say) and actions.cc (what core wants done).
+// requests.cc (what clients say), actions.cc (what core wants done) and staging.cc (of that, what
+// concerns gradients in staging).
 #pragma once
 
 #include <atomic>
@@ -16,6 +17,7 @@
 
 #include "absl/time/time.h"
 #include "daemon/core/job.h"
+#include "daemon/engine/apply.h"
 #include "daemon/engine/client_slot.h"
 #include "daemon/engine/gradient_book.h"
 #include "daemon/engine/job_runner.h"
@@ -23,6 +25,7 @@
 #include "daemon/engine/mover.h"
 #include "daemon/engine/movements.h"
 #include "daemon/engine/shard_store.h"
+#include "daemon/engine/side_buffer.h"
 #include "daemon/engine/window_files.h"
 #include "daemon/engine/workers.h"
 
@@ -119,7 +122,6 @@ class JobRunnerImpl : public JobRunner {
   void Do(core::Connect& action);
   void Do(core::StartAllGather& action);
   void Do(core::StartReduce& action);
-  void Do(core::StartAccumulate& action);
   void Do(core::ComputeNorm& action);
   void Do(core::CommitBlobs& action);
   void Do(core::StartApply& action);
@@ -127,6 +129,17 @@ class JobRunnerImpl : public JobRunner {
   void Do(core::StartRead& action);
   void Do(core::DropGradients& action);
   void Do(core::End& action);
+
+  // staging.cc
+  void Do(core::StartAccumulate& action);
+  void Do(core::StartSetAside& action);
+  void Do(core::DropAside& action);
+  StagedGradient FindStaged(core::SlotIndex slot, core::UnitIndex u, uint64_t offset) const;
+  void CopyAside(const core::StartSetAside& action, std::shared_ptr<SetAsideTask> task,
+                 SideBuffer::Memory memory);
+  void GiveSideMemoryBack();
+
+  // actions.cc
   void Observe(const PendingRequest& request, const core::Complete& action);
   void ComputeSquares(core::Step step, const std::vector<core::UnitIndex>& units,
                       std::function<void()> done);
@@ -159,6 +172,7 @@ class JobRunnerImpl : public JobRunner {
   std::unique_ptr<WindowFiles> window_;
   std::unique_ptr<ShardStore> store_;
   std::unique_ptr<GradientBook> book_;
+  std::unique_ptr<SideBuffer> side_;
   std::unique_ptr<Mover> mover_;
   std::unique_ptr<fabric::Fabric> fabric_;
   std::unique_ptr<core::Job> job_;

@@ -20,7 +20,10 @@ using shm::Op;
 
 constexpr uint64_t kTouchedAlign = 64;  // of the touched bytes in a staged gradient
 
-bool NeedsCookie(Op op) { return op != Op::kRelease && op != Op::kScatter; }
+bool IsAnswered(Op op) {
+  return op != Op::kRelease && op != Op::kMicroStep && op != Op::kMakeRoom;
+}
+bool NeedsCookie(Op op) { return IsAnswered(op) && op != Op::kScatter; }
 bool NamesUnit(Op op) {
   return op == Op::kGather || op == Op::kRelease || op == Op::kScatter || op == Op::kReclaim ||
          op == Op::kPut || op == Op::kRead;
@@ -85,7 +88,7 @@ absl::Status JobRunnerImpl::Remember(ClientSlot* client, const shm::SubmitEntry&
     return absl::InvalidArgumentError(absl::StrCat("request ", static_cast<int>(entry.op),
                                                    " without a cookie"));
   }
-  if (entry.op == Op::kRelease) return absl::OkStatus();  // nothing will be answered
+  if (!IsAnswered(entry.op)) return absl::OkStatus();
   if (client->pending.size() >= shm::kRingEntries) {
     return absl::ResourceExhaustedError(
         absl::StrCat("more than ", shm::kRingEntries, " requests in flight"));
@@ -132,6 +135,12 @@ absl::Status JobRunnerImpl::Handle(ClientSlot* client, const shm::SubmitEntry& e
       return absl::OkStatus();
     case Op::kScatter:
       return HandleScatter(client, entry);
+    case Op::kMicroStep:
+      job_->OnMicroStep(slot, entry.step);
+      return absl::OkStatus();
+    case Op::kMakeRoom:
+      job_->OnMakeRoom(slot);
+      return absl::OkStatus();
     case Op::kReclaim:
       job_->OnReclaim(slot, entry.cookie, entry.unit, entry.step);
       return absl::OkStatus();

@@ -43,7 +43,7 @@ constexpr Described kLatency[kLatencies] = {
     {"zerod_read_seconds", "From a client's READ request to its completion."},
 };
 
-constexpr size_t kTraffics = 6;
+constexpr size_t kTraffics = 7;
 constexpr Described kTraffic[kTraffics] = {
     {"zerod_gathered_bytes_total", "Bytes of parameter copies that arrived in the window."},
     {"zerod_scattered_bytes_total", "Bytes of gradients that clients handed over."},
@@ -51,12 +51,14 @@ constexpr Described kTraffic[kTraffics] = {
     {"zerod_received_bytes_total", "Payload bytes received from other members."},
     {"zerod_read_bytes_total", "Bytes copied to clients' transfer areas by READ."},
     {"zerod_put_bytes_total", "Bytes copied from clients' transfer areas by PUT."},
+    {"zerod_set_aside_bytes_total",
+     "Bytes of gradients that left their client's staging before their turn."},
 };
 
 // The kinds of core::MemoryPlan, and a last one for what is not among them: a closed set.
-constexpr std::array<const char*, 10> kMemoryKinds = {
-    "parameters",  "copies",           "gradients", "moments", "window",
-    "accumulator", "client_gradients", "staging",   "control", "other"};
+constexpr std::array<const char*, 11> kMemoryKinds = {
+    "parameters",  "copies",           "gradients", "moments",   "window", "accumulator",
+    "client_gradients", "staging", "set_aside", "control", "other"};
 constexpr std::array<const char*, 4> kWaitKinds = {"gather", "step", "scalar", "other"};
 
 template <size_t kSize>

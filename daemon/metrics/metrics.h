@@ -26,6 +26,7 @@ enum class Traffic {
   kReceivedFromMembers,
   kCopiedToTransfer,     // READ
   kCopiedFromTransfer,   // PUT
+  kSetAside,             // of gradients that left their clients' staging before their turn
 };
 
 // The series of one job.

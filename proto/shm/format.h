@@ -54,6 +54,10 @@ enum class Op : uint16_t {
   kRead = 7,      // unit, arg0, arg1 as kPut, flags = StateKind; the values come back as fp32
   kScalar = 8,    // arg0 = number of values (0 = barrier), flags = ScalarOp; ScalarRecord
   kDetach = 9,    // the client leaves of its own will; nothing follows
+  kMicroStep = 10,  // step: a backward pass is over, what is scattered from here on is of the next
+                    //   one; no completion
+  kMakeRoom = 11,   // node_sum: this client waits for room in its staging: answer one of its
+                    //   scatters without waiting for other ranks, if possible; no completion
 };
 
 enum ScatterFlags : uint16_t { kLast = 1 };

@@ -180,6 +180,13 @@ class NodeSum : public ::testing::Test {
       return reply;
     });
   }
+  // What was scattered until now, oldest first.
+  std::vector<shm::SubmitEntry> Scatters(FakeDaemon& daemon, Client& client) {
+    EXPECT_TRUE(client.Barrier().ok());  // all before it is there then
+    std::vector<shm::SubmitEntry> scatters = daemon.requests();
+    std::erase_if(scatters, [](const auto& entry) { return entry.op != shm::Op::kScatter; });
+    return scatters;
+  }
 };
 
 TEST_F(NodeSum, EachPassHasItsOwnSlot) {
@@ -233,14 +240,74 @@ TEST_F(NodeSum, FullStagingWaitsForAnswersAndReusesSlotsClean) {
   daemon.Complete(first.cookie);
   lander.join();
   ASSERT_TRUE(client->Scatter(kA, true).ok());
-  daemon.WaitForRequests(5);
-  const auto reused = daemon.requests()[4];
+  const auto reused = Scatters(daemon, *client).at(2);
   EXPECT_EQ(reused.arg0, first.arg0);
   EXPECT_EQ(daemon.gradient_bytes(reused.arg0)[0], 0);  // not what lay there before
   EXPECT_EQ(daemon.gradient_bytes(reused.arg0)[1], 1);
   EXPECT_EQ(daemon.gradient(reused.arg0 + 64)[40006], 1.0f);
   EXPECT_EQ(daemon.gradient(reused.arg0 + 64)[40007], 0.0f);  // the padding behind it
   EXPECT_GT(client->counters().scatter_wait_seconds, 0.0);
+}
+
+// The daemon answers nothing but that there is no room, as where other ranks do not come.
+TEST_F(NodeSum, FullStagingAsksForRoomOncePerAnswer) {
+  FakeDaemon daemon(FakeDaemon::MakePlan(true));
+  std::atomic<int> asked{0};
+  std::vector<uint64_t> unanswered;  // of the daemon's thread
+  daemon.SetHandler([&](const shm::SubmitEntry& entry) {
+    FakeDaemon::Reply reply = daemon.Default(entry);
+    if (entry.op == shm::Op::kScatter) {
+      unanswered.push_back(entry.cookie);
+      reply.answer = false;
+    } else if (entry.op == shm::Op::kMakeRoom) {
+      EXPECT_EQ(entry.cookie, 0u);
+      ++asked;
+      daemon.Complete(unanswered.at(0));
+      unanswered.erase(unanswered.begin());
+    }
+    return reply;
+  });
+  auto client = daemon.Attach();
+  for (int pass = 0; pass < 6; ++pass) {
+    ASSERT_TRUE(Land(*client, 2, 1).ok());
+    ASSERT_TRUE(client->Scatter(kA, false).ok());
+  }
+  EXPECT_EQ(Scatters(daemon, *client).size(), 6u);
+  EXPECT_EQ(asked, 4);  // two fit
+}
+
+TEST_F(NodeSum, TheEndOfAMicroStepComesBehindAllOfIt) {
+  FakeDaemon daemon(FakeDaemon::MakePlan(true));
+  auto client = daemon.Attach();
+  ASSERT_TRUE(Land(*client, 4, 1).ok());
+  ASSERT_TRUE(Land(*client, 0, 1).ok());
+  ASSERT_TRUE(client->Scatter(kRoot, true).ok());
+  ASSERT_TRUE(client->EndMicroStep().ok());  // hands b over
+  ASSERT_TRUE(client->EndMicroStep().ok());
+  ASSERT_TRUE(Land(*client, 4, 2).ok());  // in a place of its own
+  ASSERT_TRUE(client->Scatter(kB, true).ok());
+  ASSERT_TRUE(client->Barrier().ok());
+  std::vector<std::pair<shm::Op, uint32_t>> told;
+  for (const auto& entry : daemon.requests()) {
+    if (entry.op == shm::Op::kScalar || entry.op == shm::Op::kMakeRoom) continue;
+    told.emplace_back(entry.op, entry.unit);
+    EXPECT_EQ(entry.step, client->step());
+    EXPECT_EQ(entry.cookie == 0, entry.op == shm::Op::kMicroStep);
+  }
+  EXPECT_THAT(told, ElementsAre(std::pair(shm::Op::kScatter, kRoot),
+                                std::pair(shm::Op::kScatter, kB),
+                                std::pair(shm::Op::kMicroStep, 0u),
+                                std::pair(shm::Op::kMicroStep, 0u),
+                                std::pair(shm::Op::kScatter, kB)));
+}
+
+TEST(PerRank, TheEndOfAMicroStepIsNoRequest) {
+  FakeDaemon daemon;
+  auto client = daemon.Attach();
+  ASSERT_TRUE(Land(*client, 3, 1).ok());
+  ASSERT_TRUE(client->EndMicroStep().ok());
+  ASSERT_TRUE(client->Barrier().ok());
+  EXPECT_EQ(daemon.requests().size(), 1u);
 }
 
 TEST_F(NodeSum, OpenSlotsThatLeaveNoRoomAreHandedOverEarly) {
@@ -252,12 +319,10 @@ TEST_F(NodeSum, OpenSlotsThatLeaveNoRoomAreHandedOverEarly) {
   ASSERT_TRUE(Land(*client, 3, 1).ok());  // a opens: full
   EXPECT_THAT(daemon.requests(), IsEmpty());
   ASSERT_TRUE(Land(*client, 0, 1).ok());  // root needs room: b, the oldest, goes
-  daemon.WaitForRequests(1);
-  EXPECT_EQ(daemon.requests()[0].unit, kB);
-  EXPECT_EQ(daemon.requests()[0].flags, 0);
+  EXPECT_EQ(Scatters(daemon, *client).at(0).unit, kB);
+  EXPECT_EQ(Scatters(daemon, *client).at(0).flags, 0);
   ASSERT_TRUE(Land(*client, 4, 2).ok());  // and comes back: a goes
-  daemon.WaitForRequests(2);
-  EXPECT_EQ(daemon.requests()[1].unit, kA);
+  EXPECT_EQ(Scatters(daemon, *client).at(1).unit, kA);
   ASSERT_TRUE(client->Step({}).ok());
   std::vector<uint32_t> last;
   for (const auto& request : daemon.requests()) {

@@ -1,103 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Single scenarios of the job, one event at a time. What only many schedules show is in tests/sim.
-#include "daemon/core/job.h"
-
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "daemon/core/sequencer.h"
-#include "tests/core/models.h"
+#include "tests/core/job_fixture.h"
 
 namespace zerod::core {
 namespace {
 
 using ::testing::HasSubstr;
-
-class NoWindow : public WindowPort {
- public:
-  void Map(UnitIndex, const std::vector<uint32_t>&) override {}
-  void Publish(UnitIndex, Step) override {}
-  void Retract(UnitIndex) override {}
-  bool TryUnmap(UnitIndex) override { return true; }
-  absl::Status Grow(uint64_t) override { return absl::OkStatus(); }
-  std::vector<SlotIndex> Holders(UnitIndex) override { return {}; }
-};
-
-JobSpec Spec(uint32_t members, uint32_t local_world, MemberIndex self = 0) {
-  JobSpec spec;
-  spec.id = "test";
-  auto layout = std::make_shared<const Layout>(Units({1000, 2000, 3000}));
-  spec.layout = layout;
-  spec.members = members;
-  spec.self = self;
-  spec.local_world = local_world;
-  spec.world = members * local_world;
-  spec.stage = 3;
-  spec.window.pinned.assign(3, false);
-  spec.window.resident.assign(3, false);
-  spec.window.base_chunks = spec.window.max_chunks = 3;
-  return spec;
-}
-
-HyperParameters Hyper(double lr) {
-  HyperParameters h;
-  h.groups.resize(1);
-  h.groups[0].lr = lr;
-  return h;
-}
-
-// One member whose engine is the test.
-class JobTest : public ::testing::Test {
- protected:
-  void Make(JobSpec spec) { job_ = std::make_unique<Job>(std::move(spec), &window_); }
-  void Attach(uint32_t clients) {
-    for (SlotIndex i = 0; i < clients; ++i) ASSERT_TRUE(job_->OnAttach(i, i).ok());
-    job_->OnConnected(absl::OkStatus());
-  }
-  // Actions of one kind since the last call; the others are kept for later.
-  template <typename A>
-  std::vector<A> Take() {
-    for (Action& a : job_->TakeActions()) actions_.push_back(std::move(a));
-    std::vector<A> found;
-    std::erase_if(actions_, [&](const Action& a) {
-      if (!std::holds_alternative<A>(a)) return false;
-      found.push_back(std::get<A>(a));
-      return true;
-    });
-    return found;
-  }
-  // The status with which a request was answered, or UNKNOWN while it was not.
-  absl::Status Answer(uint64_t cookie) {
-    for (Complete& c : Take<Complete>()) answers_.emplace(c.cookie, std::move(c));
-    const auto it = answers_.find(cookie);
-    return it == answers_.end() ? absl::UnknownError("no answer") : it->second.status;
-  }
-  // Finishes every transfer and everything of the step that the job asks for.
-  void RunEngine() {
-    for (bool any = true; any;) {
-      any = false;
-      for (const auto& a : Take<StartAllGather>()) any = true, job_->OnEntryDone(a.seq, {});
-      for (const auto& a : Take<StartReduce>()) any = true, job_->OnEntryDone(a.seq, {});
-      for (const auto& a : Take<ComputeNorm>()) any = true, job_->OnNormDone(a.step, NormPart{});
-      for (const auto& a : Take<StartAccumulate>()) {
-        any = true;
-        job_->OnAccumulateDone(a.unit, a.slot);
-      }
-      for (const auto& a : Take<StartApply>()) {
-        any = true;
-        applied_.emplace_back(a.plan->step, a.unit);
-        job_->OnApplyDone(a.unit, a.plan->step);
-      }
-    }
-  }
-
-  NoWindow window_;
-  std::unique_ptr<Job> job_;
-  std::vector<Action> actions_;
-  std::map<uint64_t, Complete> answers_;
-  std::vector<std::pair<Step, UnitIndex>> applied_;
-};
 
 TEST_F(JobTest, AStepAppliesWhatWasTouchedOnce) {
   Make(Spec(1, 2));
@@ -198,30 +110,6 @@ TEST_F(JobTest, ReclaimsOfDivergentRanksDoNotWaitForEachOther) {
   EXPECT_EQ(job_->NextRound(0, 1), 2u);
 }
 
-TEST_F(JobTest, NodeSumAddsByMicroStepThenRank) {
-  JobSpec spec = Spec(1, 2);
-  spec.node_sum = true;
-  Make(spec);
-  Attach(2);
-  job_->OnScatter(1, 31, 0, 1, false, 500, {true});
-  job_->OnScatter(1, 32, 0, 1, true, 600, {true});
-  EXPECT_TRUE(Take<StartAccumulate>().empty());  // rank 0's first micro-step comes before
-  job_->OnScatter(0, 33, 0, 1, false, 700, {true});
-  std::vector<uint64_t> order;
-  job_->OnStep(0, 34, 1, Hyper(1), {});
-  for (auto next = Take<StartAccumulate>(); !next.empty(); next = Take<StartAccumulate>()) {
-    ASSERT_EQ(next.size(), 1u);
-    EXPECT_EQ(next[0].first, order.empty());
-    order.push_back(next[0].staging_offset);
-    job_->OnAccumulateDone(next[0].unit, next[0].slot);
-  }
-  EXPECT_EQ(order, (std::vector<uint64_t>{700, 500, 600}));
-  job_->OnStep(1, 35, 1, Hyper(1), {});
-  RunEngine();
-  EXPECT_TRUE(Answer(34).ok() && Answer(35).ok());
-  EXPECT_EQ(applied_.size(), 1u);
-}
-
 // STEP is the mark of what was scattered without one.
 TEST_F(JobTest, GradientsWithoutALastScatterCount) {
   JobSpec spec = Spec(1, 1);
@@ -260,19 +148,6 @@ TEST_F(JobTest, ADeathWakesTheOthersWithTheStepThatStands) {
   job_->OnClientGone(0, "");
   EXPECT_TRUE(job_->OnAttach(0, 0).ok());
   EXPECT_EQ(job_->state(), JobState::kRunning);
-}
-
-TEST_F(JobTest, ADeathDuringAnAccumulationEndsTheGenerationAfterIt) {
-  JobSpec spec = Spec(1, 2);
-  spec.node_sum = true;
-  Make(spec);
-  Attach(2);
-  job_->OnScatter(0, 61, 0, 1, true, 0, {true});
-  ASSERT_EQ(Take<StartAccumulate>().size(), 1u);
-  job_->OnClientGone(1, "killed");
-  EXPECT_EQ(job_->generation(), 1u);
-  job_->OnAccumulateDone(0, 0);
-  EXPECT_EQ(job_->generation(), 2u);
 }
 
 TEST_F(JobTest, ADeathWhileTheGenerationFormsIsLikeNotHavingCome) {

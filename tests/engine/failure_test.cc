@@ -130,10 +130,14 @@ TEST(ClientDeath, UnderNodeSumLosesNothingEither) {
   for (int i = 0; i < 2; ++i) reference.Step(workload);
   OnEach(clients, [&](uint32_t rank, FakeClient& client) {
     Train(cluster.layout(), rank, client, workload, 1, /*fresh=*/true);
-    if (rank == 1) return;
-    client.Land(0, std::vector<float>(cluster.layout().parameters()[0].elements, 7.0f));
-    EXPECT_TRUE(client.Scatter(0, true).ok());  // into the accumulator
+    client.set_makes_room();
+    // Rank 0's goes into the accumulator, rank 1's waits for rank 0 outside of its staging.
+    const core::Parameter& p = cluster.layout().parameters()[rank];
+    client.Land(rank, std::vector<float>(p.elements, 7.0f));
+    EXPECT_TRUE(client.Scatter(p.unit, true).ok());
   });
+  ASSERT_NE(cluster.layout().parameters()[0].unit, cluster.layout().parameters()[1].unit);
+  EXPECT_GT(cluster.metrics(0).memory("set_aside"), 0u);
   for (auto& process : processes) process->Kill();
   processes = MakeProcesses(2);
   clients.clear();
@@ -142,6 +146,7 @@ TEST(ClientDeath, UnderNodeSumLosesNothingEither) {
     ASSERT_TRUE(attachment.ok()) << attachment.status();
     clients.push_back(cluster.Client(rank, *attachment));
   }
+  EXPECT_EQ(cluster.metrics(0).memory("set_aside"), 0u);
   OnEach(clients, [&](uint32_t rank, FakeClient& client) {
     Train(cluster.layout(), rank, client, workload, 1, /*fresh=*/false);
     if (rank == 0) {

@@ -66,6 +66,10 @@ shm::SubmitEntry FakeClient::Entry(shm::Op op, core::UnitIndex u) {
 
 absl::StatusOr<shm::CompleteEntry> FakeClient::Request(shm::SubmitEntry entry) {
   RETURN_IF_ERROR(ring_->Push(entry));
+  return Await(entry);
+}
+
+absl::StatusOr<shm::CompleteEntry> FakeClient::Await(const shm::SubmitEntry& entry) {
   shm::CompleteEntry complete{};
   if (entry.cookie == 0) return complete;
   const absl::Time deadline = absl::Now() + absl::Minutes(1);
@@ -159,6 +163,17 @@ absl::Status FakeClient::Scatter(core::UnitIndex u, bool last) {
     map_[2][i] = staged_[unit.parameters[i]] ? std::byte{1} : std::byte{0};
     staged_[unit.parameters[i]] = false;
   }
+  if (!makes_room_) return Request(entry).status();
+  shm::SubmitEntry room = Entry(shm::Op::kMakeRoom, 0);
+  room.cookie = 0;
+  RETURN_IF_ERROR(ring_->Push(entry));
+  RETURN_IF_ERROR(ring_->Push(room));
+  return Await(entry).status();
+}
+
+absl::Status FakeClient::EndMicroStep() {
+  shm::SubmitEntry entry = Entry(shm::Op::kMicroStep, 0);
+  entry.cookie = 0;
   return Request(entry).status();
 }
 

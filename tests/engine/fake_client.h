@@ -36,6 +36,7 @@ class FakeClient {
 
   // Pushes any entry and waits for its completion where it has a cookie.
   absl::StatusOr<shm::CompleteEntry> Request(shm::SubmitEntry entry);
+  absl::StatusOr<shm::CompleteEntry> Await(const shm::SubmitEntry& entry);
   absl::Status Push(const shm::SubmitEntry& entry) { return ring_->Push(entry); }
   void RingDoorbell();
   // Waits until the attachment has failed, and says how; OK after a minute.
@@ -56,6 +57,9 @@ class FakeClient {
   void Forget(uint32_t parameter) { touched_[parameter] = 0; }
   // node_sum: sends what was landed and waits until it was taken. per_rank: a request if `last`.
   absl::Status Scatter(core::UnitIndex u, bool last);
+  // From here on Scatter does not wait for other ranks: it asks for room.
+  void set_makes_room() { makes_room_ = true; }
+  absl::Status EndMicroStep();
   absl::Status Reclaim(core::UnitIndex u);
   absl::StatusOr<StepAnswer> Step(const StepOptions& options);
 
@@ -87,6 +91,7 @@ class FakeClient {
   const uint32_t* chunks_ = nullptr;
   std::unique_ptr<shm::SubmitRing> ring_;
   std::unique_ptr<shm::HoldWords> holds_;
+  bool makes_room_ = false;
   std::vector<bool> staged_;                    // node_sum: touched since the last scatter
   std::vector<std::vector<float>> staged_sum_;  // per unit
 };

@@ -186,6 +186,7 @@ absl::Status Backward(const core::Layout& layout, uint32_t rank, FakeClient& cli
       client.Release(u);
       if (any) RETURN_IF_ERROR(client.Scatter(u, micro + 1 == workload.micro_steps));
     }
+    RETURN_IF_ERROR(client.EndMicroStep());
   }
   return absl::OkStatus();
 }

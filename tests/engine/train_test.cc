@@ -169,6 +169,91 @@ TEST(Step, GradientsThatComeLateAreAddedInAnotherRound) {
   }
 }
 
+// Staging holds one gradient of one unit, and rank 1 hands over everything before rank 0 begins.
+TEST(NodeSum, ARankGoesOnWithoutTheOthersAndTheSumIsTheSame) {
+  Cluster cluster(Small(2, "\"gradient_plan\": \"node_sum\", \"staging_bytes\": 4096"));
+  Workload workload = DefaultWorkload();
+  workload.hyper.max_norm = 0.5;
+  constexpr uint64_t kSteps = 3;
+  Reference reference(&cluster.layout(), 1, 2, /*node_sum=*/true);
+  for (uint64_t i = 0; i < kSteps; ++i) reference.Step(workload);
+  cluster.RunClients([&](uint32_t rank, FakeClient& client) {
+    client.set_makes_room();
+    ASSERT_TRUE(client.Barrier().ok());
+    if (rank == 0) PutInitial(cluster.layout(), client);
+    ASSERT_TRUE(client.Barrier().ok());
+    for (uint64_t i = 0; i < kSteps; ++i) {
+      if (rank == 1) {
+        ASSERT_TRUE(Backward(cluster.layout(), rank, client, workload).ok());
+      }
+      ASSERT_TRUE(client.Barrier().ok());
+      if (rank == 0) {
+        EXPECT_GT(cluster.metrics(0).memory("set_aside"), 0u);
+        EXPECT_LE(cluster.metrics(0).memory("set_aside"),
+                  cluster.layout().trainable_elements() * sizeof(float) +
+                      4096 * cluster.layout().units().size());
+        ASSERT_TRUE(Backward(cluster.layout(), rank, client, workload).ok());
+      }
+      ASSERT_TRUE(client.Step({workload.hyper, ""}).ok());
+      EXPECT_EQ(cluster.metrics(0).memory("set_aside"), 0u);
+      ASSERT_TRUE(client.Barrier().ok());
+    }
+    if (rank == 0) {
+      EXPECT_TRUE(ReadState(cluster.layout(), client) == StateOf(cluster.layout(), reference));
+    }
+    ASSERT_TRUE(client.Barrier().ok());
+    EXPECT_TRUE(client.Detach().ok());
+  });
+  EXPECT_TRUE(cluster.WaitForEnd(0).ok());
+  EXPECT_GT(cluster.metrics(0).traffic(metrics::Traffic::kSetAside), 0u);
+}
+
+// Each leaves out what the other uses, in every micro-step, and asks for no room.
+TEST(NodeSum, RanksOnDifferentPathsWaitForAMicroStepAtMost) {
+  Cluster cluster(Small(2, "\"gradient_plan\": \"node_sum\", \"staging_bytes\": 4096"));
+  cluster.RunClients([&](uint32_t rank, FakeClient& client) {
+    const core::Layout& layout = cluster.layout();
+    ASSERT_TRUE(client.Barrier().ok());
+    if (rank == 0) PutInitial(layout, client);
+    ASSERT_TRUE(client.Barrier().ok());
+    std::vector<std::vector<float>> expected(layout.parameters().size());
+    for (uint32_t micro = 0; micro < 4; ++micro) {
+      for (uint32_t other = 0; other < 2; ++other) {
+        for (UnitIndex u = 0; u < layout.units().size(); ++u) {
+          if ((u + micro + other) % 2 == 0) continue;
+          for (uint32_t p : layout.units()[u].parameters) {
+            if (!layout.parameters()[p].trainable) continue;
+            const std::vector<float> gradient =
+                Gradient(layout, p, InitialValues(layout, u), 1, other, micro);
+            if (other == rank) client.Land(p, gradient);
+            std::vector<float>& sum = expected[p];
+            if (sum.empty()) sum.resize(gradient.size());
+            for (size_t i = 0; i < sum.size(); ++i) sum[i] += gradient[i];
+          }
+          if (other == rank) {
+            ASSERT_TRUE(client.Scatter(u, false).ok());
+          }
+        }
+      }
+      ASSERT_TRUE(client.EndMicroStep().ok());
+    }
+    const Workload workload = DefaultWorkload();
+    ASSERT_TRUE(client.Step({workload.hyper, ""}).ok());
+    for (uint32_t i = 0; i < expected.size() && rank == 0; ++i) {
+      const core::Parameter& p = layout.parameters()[i];
+      if (!p.trainable) continue;
+      const auto moment = client.Read(p.unit, p.offset, p.elements, shm::StateKind::kExpAvg);
+      ASSERT_TRUE(moment.ok());
+      // The first moment of a first step is (1 - beta1) of the mean over two ranks.
+      const float beta1 = static_cast<float>(workload.hyper.groups[p.group].beta1);
+      for (uint64_t e = 0; e < p.elements; ++e) {
+        ASSERT_FLOAT_EQ((*moment)[e], (1 - beta1) * (expected[i][e] * 0.5f)) << i << " " << e;
+      }
+    }
+    ASSERT_TRUE(client.Barrier().ok());
+  });
+}
+
 TEST(Step, RanksThatDisagreeAreRefusedAndMayTryAgain) {
   Cluster cluster(Small(2));
   Workload workload = DefaultWorkload();

@@ -129,7 +129,8 @@ void CountEverything(JobMetrics* job) {
   }
   for (Traffic t : {Traffic::kGatheredToWindow, Traffic::kScatteredFromClient,
                     Traffic::kSentToMembers, Traffic::kReceivedFromMembers,
-                    Traffic::kCopiedToTransfer, Traffic::kCopiedFromTransfer}) {
+                    Traffic::kCopiedToTransfer, Traffic::kCopiedFromTransfer,
+                    Traffic::kSetAside}) {
     job->Add(t, 1000);
   }
   for (const char* kind : {"parameters", "window", "something new"}) job->SetMemory(kind, 7);

@@ -273,9 +273,14 @@ void Member::Do(core::StartReduce& a) {
 void Member::Do(core::StartAccumulate& a) {
   world_->Happens(Moment::kAccumulate);
   const auto process = slots_[a.slot];
-  const Sums staged = process->staged(a.staging_offset);
+  if (a.aside != 0 && !aside_[a.aside].there) Violate("what is added was not set aside yet");
+  const Sums staged = a.aside != 0 ? aside_[a.aside].sums : process->staged(a.staging_offset);
   Later([=, this] {
-    if (process->staged(a.staging_offset) != staged) Violate("staging is overwritten in use");
+    if (a.aside != 0) {
+      aside_.erase(a.aside);
+    } else if (process->staged(a.staging_offset) != staged) {
+      Violate("staging is overwritten in use");
+    }
     Sums& sums = accumulators_[a.unit];
     for (size_t i = 0; i < sums.size(); ++i) {
       sums[i] = a.first ? staged[i] : Add(sums[i], staged[i]);
@@ -283,6 +288,36 @@ void Member::Do(core::StartAccumulate& a) {
     accumulated_step_[a.unit] = job_->committed() + 1;
     job_->OnAccumulateDone(a.unit, a.slot);
   });
+}
+
+void Member::Do(core::StartSetAside& a) {
+  world_->Happens(Moment::kSetAside);
+  const auto process = slots_[a.slot];
+  const Sums staged = process->staged(a.staging_offset);
+  Aside& aside = aside_[a.aside];
+  aside.sums = staged;
+  aside.bytes = a.bytes;
+  uint64_t bytes = 0;
+  for (const auto& [number, other] : aside_) bytes += other.bytes;
+  if (bytes > s_.layout().trainable_elements() * sizeof(float)) {
+    Violate(absl::StrCat("member ", index_, " sets ", bytes, " bytes aside"));
+  }
+  Later([=, this] {
+    if (process->staged(a.staging_offset) != staged) Violate("staging is overwritten in use");
+    const bool done = world_->random().Below(100) >= s_.aside_refused_percent;
+    if (done) aside_[a.aside].there = true;
+    else aside_.erase(a.aside);
+    job_->OnSetAsideDone(a.unit, a.aside, done);
+  });
+}
+
+void Member::Do(core::DropAside& a) {
+  if (aside_.erase(a.aside) != 1) Violate("what was never set aside is dropped");
+}
+
+// Between steps and between generations there is nothing.
+void Member::CheckAside(const char* when) const {
+  if (!aside_.empty()) Violate(absl::StrCat("gradients are still set aside ", when));
 }
 
 void Member::Do(core::ComputeNorm& a) {
@@ -317,6 +352,7 @@ void Member::Do(core::CommitBlobs& a) {
                          blobs_));
   }
   blobs_ = a.step;
+  CheckAside("when the step is committed");
   if (a.step != world_->truth().committed() + 1) return;
   std::vector<std::shared_ptr<Process>> processes;
   for (MemberIndex m = 0; m < s_.spec.members; ++m) {
@@ -443,6 +479,10 @@ void Member::Mark(SlotIndex slot, UnitIndex unit, Step step, bool last,
 }
 
 void Member::Do(core::DropGradients&) {
+  for (const auto& [number, aside] : aside_) {
+    if (!aside.there) Violate("a gradient is being set aside while all are dropped");
+  }
+  aside_.clear();
   for (auto& slot : marks_) {
     for (Marks& marks : slot) marks = Marks{};
   }
@@ -453,6 +493,7 @@ void Member::Do(core::DropGradients&) {
 void Member::Do(core::End& a) {
   world_->Trace("member ", index_, " ends: ", a.status.ToString());
   ended_ = true;
+  if (a.status.ok()) CheckAside("at the job's end");
   if (!a.status.ok() && !world_->job_lost()) {
     Violate(absl::StrCat("the job fails without need: ", a.status.ToString()));
   }

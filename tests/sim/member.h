@@ -83,6 +83,11 @@ class Member {
     std::vector<bool> touched;
   };
   using Sums = std::vector<Gradient>;  // per place of a unit
+  struct Aside {
+    Sums sums;
+    uint64_t bytes = 0;
+    bool there = false;  // the copy is done
+  };
 
   void Do(core::Complete& a);
   void Do(core::FailSlot& a);
@@ -91,6 +96,8 @@ class Member {
   void Do(core::StartAllGather& a);
   void Do(core::StartReduce& a);
   void Do(core::StartAccumulate& a);
+  void Do(core::StartSetAside& a);
+  void Do(core::DropAside& a);
   void Do(core::ComputeNorm& a);
   void Do(core::CommitBlobs& a);
   void Do(core::StartApply& a);
@@ -108,6 +115,7 @@ class Member {
   void CheckPlan(const core::ApplyPlan& plan) const;
   void ApplyUnit(UnitIndex unit, const core::ApplyPlan& plan);
   void CheckExhausted(const core::Complete& a) const;
+  void CheckAside(const char* when) const;
 
   World* const world_;
   const Scenario& s_;
@@ -122,6 +130,7 @@ class Member {
   std::vector<std::vector<Marks>> marks_;       // [slot][unit]
   std::vector<Sums> accumulators_;              // [unit]
   std::vector<Step> accumulated_step_;
+  std::map<uint64_t, Aside> aside_;             // by number
   std::vector<Sums> reduced_;                   // [unit], several members
   std::vector<Step> reduced_step_;
   uint64_t last_seq_ = 0;

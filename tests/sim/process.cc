@@ -17,7 +17,7 @@ Process::Process(World* world, Rank rank, uint64_t incarnation)
   holds_.assign(units, Hold::kNone);
   hold_words_.assign(units, 0);
   rounds_.assign(units, 0);
-  passes_.assign(units, 0);
+  indices_.assign(units, 0);
   landings_.resize(units);
   for (const core::Unit& unit : s_.layout().units()) {
     UnitGradients& g = gradients_.emplace_back();
@@ -296,6 +296,7 @@ void Process::Perform(const Op& op) {
     case OpKind::kCompute: break;
     case OpKind::kLand: Land(op); break;
     case OpKind::kScatter: return Scatter(op.unit, op.last);
+    case OpKind::kMicroStep: EndMicroStep(); break;
     case OpKind::kReclaim: {
       const UnitGradients& g = gradients_[op.unit];
       if (!g.last) break;
@@ -308,7 +309,7 @@ void Process::Perform(const Op& op) {
       for (UnitIndex u = 0; u < rounds_.size(); ++u) {
         if (rounds_[u] >= rounds_[op.unit]) continue;
         rounds_[u] = rounds_[op.unit];
-        passes_[u] = 0;
+        indices_[u] = 0;
       }
       Post({OpKind::kReclaim, op.unit}, [slot = slot_, u = op.unit, step = step_](
                                              core::Job& job, uint64_t cookie) {
@@ -443,17 +444,22 @@ void Process::Scatter(UnitIndex u, bool last) {
 // False: there is no room in the staging memory.
 bool Process::PostScatter(UnitIndex u, bool last) {
   UnitGradients& g = gradients_[u];
-  if (s_.spec.node_sum && scatters_ >= s_.staging_slots) return false;
+  if (s_.spec.node_sum && scatters_ >= s_.staging_slots) {
+    Hint([slot = slot_](core::Job& job) { job.OnMakeRoom(slot); });
+    return false;
+  }
   const uint32_t round = rounds_[u] + 1;
   std::vector<Gradient> sum(g.file.size());
   for (const std::vector<Gradient>& landing : std::exchange(landings_[u], {})) {
-    if (!s_.spec.node_sum) handed_.push_back({u, round, passes_[u]++, landing});
+    if (!s_.spec.node_sum) {
+      handed_.push_back({u, round, micro_steps_, indices_[u]++, landing});
+    }
     for (size_t i = 0; i < sum.size(); ++i) sum[i] = Add(sum[i], landing[i]);
   }
   std::vector<bool> touched = g.touched;
   uint64_t offset = 0;
   if (s_.spec.node_sum) {
-    handed_.push_back({u, round, passes_[u]++, sum});
+    handed_.push_back({u, round, micro_steps_, indices_[u]++, sum});
     offset = next_offset_++;
     staging_[offset] = std::move(sum);
     std::fill(g.touched.begin(), g.touched.end(), false);
@@ -462,7 +468,7 @@ bool Process::PostScatter(UnitIndex u, bool last) {
   }
   if (last) {
     ++rounds_[u];
-    passes_[u] = 0;
+    indices_[u] = 0;
     g.posted = true;
   }
   auto call = [world = world_, member = member_, slot = slot_, u, step = step_, last, offset,
@@ -476,6 +482,12 @@ bool Process::PostScatter(UnitIndex u, bool last) {
     Hint([call = std::move(call)](core::Job& job) { call(job, 0); });
   }
   return true;
+}
+
+void Process::EndMicroStep() {
+  ++micro_steps_;
+  std::fill(indices_.begin(), indices_.end(), 0);
+  Hint([slot = slot_, step = step_](core::Job& job) { job.OnMicroStep(slot, step); });
 }
 
 // --- STEP ----------------------------------------------------------------------------------------
@@ -509,7 +521,8 @@ void Process::EndStep() {
   }
   for (auto& landings : landings_) landings.clear();
   std::fill(rounds_.begin(), rounds_.end(), 0);
-  std::fill(passes_.begin(), passes_.end(), 0);
+  std::fill(indices_.begin(), indices_.end(), 0);
+  micro_steps_ = 0;
   handed_.clear();
   step_sent_ = false;
 }

@@ -34,7 +34,8 @@ class Process : public std::enable_shared_from_this<Process> {
   struct Handed {
     UnitIndex unit = 0;
     uint32_t round = 0;
-    uint32_t pass = 0;
+    uint32_t micro_step = 0;
+    uint32_t index = 0;  // in the micro-step and round
     std::vector<Gradient> gradients;  // per place
   };
 
@@ -98,6 +99,7 @@ class Process : public std::enable_shared_from_this<Process> {
   void Land(const Op& op);
   void Scatter(UnitIndex u, bool last);
   bool PostScatter(UnitIndex u, bool last);
+  void EndMicroStep();
   void SendStep();
   void EndStep();
   void OnStepAnswer(const core::Complete& complete);
@@ -142,7 +144,8 @@ class Process : public std::enable_shared_from_this<Process> {
   std::vector<std::vector<std::vector<Gradient>>> landings_;  // per unit, since the last scatter
   std::vector<Handed> handed_;
   std::vector<uint32_t> rounds_;   // per unit, marked in this step
-  std::vector<uint32_t> passes_;
+  std::vector<uint32_t> indices_;  // per unit, of scatters in this micro-step and round
+  uint32_t micro_steps_ = 0;       // ended in this step
   std::map<uint64_t, std::vector<Gradient>> staging_;
   uint64_t next_offset_ = 0;
   std::vector<std::vector<uint64_t>> transfer_;  // per unit, values of its cells

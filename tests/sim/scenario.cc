@@ -126,6 +126,7 @@ Scenario Scenario::FromSeed(uint64_t seed) {
   s.divergent = random.Percent(40);
   s.unequal = random.Percent(25);
   s.late = random.Percent(30);
+  s.pieces = random.Percent(40);
   s.collectives = random.Percent(30);
   s.barriers = random.Percent(30);
   s.evaluation = random.Percent(25);
@@ -137,10 +138,14 @@ Scenario Scenario::FromSeed(uint64_t seed) {
   s.max_norm = random.Percent(50) ? 1.0 : 0.0;
   s.restart_together = random.Percent(60);
   if (spec.node_sum && random.Percent(40)) {
-    // Bounded staging: a scatter may wait for another rank's (told at attach), so ranks must not
-    // wait for each other in the midst of a step, nor leave out units that others use.
+    // Bounded staging: a scatter may wait for another rank's micro-step, unless there is memory to
+    // set it aside: enough for two ranks on any path. Else they must not wait for each other within
+    // a micro-step in other ways.
     s.staging_slots = random.Between(1, 2);
-    s.collectives = s.barriers = s.divergent = s.late = false;
+    s.aside_refused_percent = random.Percent(30) ? 100 : random.Percent(30) ? 30 : 0;
+    if (s.aside_refused_percent != 0 || spec.local_world > 2) {
+      s.collectives = s.barriers = s.pieces = false;
+    }
   }
   RandomFaults(&s, &random);
   return s;
@@ -160,11 +165,11 @@ std::string Scenario::Text() const {
       " chunks, prefetch ", spec.prefetch_elements, ", ", steps, " steps");
   const std::pair<bool, const char*> flags[] = {
       {spec.skip_nonfinite, "skip_nonfinite"}, {spec.untouched_as_zero, "untouched_as_zero"},
-      {divergent, "divergent"}, {unequal, "unequal"}, {late, "late"},
+      {divergent, "divergent"}, {unequal, "unequal"}, {late, "late"}, {pieces, "pieces"},
       {collectives, "collectives"}, {barriers, "barriers"}, {evaluation, "evaluation"},
       {puts, "puts"}, {nonfinite, "nonfinite"}, {refuse, "refuse"}, {stall, "stall"},
       {overrun, "overrun"}, {restart_together, "restart_together"},
-      {staging_slots < 1000, "bounded staging"}};
+      {staging_slots < 1000, "bounded staging"}, {aside_refused_percent == 100, "none aside"}};
   for (const auto& [on, name] : flags) {
     if (on) absl::StrAppend(&text, ", ", name);
   }
@@ -215,8 +220,7 @@ uint64_t Script::RandomPlaces(UnitIndex u) {
   const core::Unit& unit = s_.layout().units()[u];
   uint64_t places = 0;
   for (size_t i = 0; i < unit.parameters.size(); ++i) {
-    if (s_.layout().parameters()[unit.parameters[i]].trainable &&
-        (own_.Percent(85) || s_.staging_slots < 1000)) {
+    if (s_.layout().parameters()[unit.parameters[i]].trainable && own_.Percent(85)) {
       places |= uint64_t{1} << i;
     }
   }
@@ -278,7 +282,14 @@ void Script::MicroStep(uint32_t micro_step, bool last, bool common) {
     if (Uses(u)) {
       Push({OpKind::kGather, u});
       Push({OpKind::kCompute});
-      Push({OpKind::kLand, u, micro_step, RandomPlaces(u)});
+      const uint64_t places = RandomPlaces(u);
+      const uint64_t first = s_.pieces && own_.Percent(30) ? places & own_.Next() : places;
+      Push({OpKind::kLand, u, micro_step, first});
+      if (first != places) {
+        // In two pieces: the first is handed over to make room, or the unit is used twice.
+        Push({OpKind::kScatter, u});
+        Push({OpKind::kLand, u, micro_step, places & ~first});
+      }
     }
     if (common) Meet();
     if (!Uses(u)) continue;
@@ -287,6 +298,7 @@ void Script::MicroStep(uint32_t micro_step, bool last, bool common) {
     // Some scripts do not know which pass is the last: then STEP says it.
     Push({OpKind::kScatter, u, 0, 0, last && own_.Percent(80)});
   }
+  Push({OpKind::kMicroStep});
 }
 
 // Another backward pass after the one that was taken for the last.

@@ -37,6 +37,7 @@ enum class Moment : uint8_t {
   kAttach,     // a client has attached
   kReduce,     // a member starts a REDUCE_SCATTER
   kAccumulate, // a node sum grows
+  kSetAside,   // a gradient leaves its client's staging before its turn
   kStepSent,   // a client sends STEP
   kNorm,       // a member starts NORM
   kCommit,     // a member starts COMMIT
@@ -66,6 +67,7 @@ struct Scenario {
   uint64_t client_delay_max = 1;
   uint64_t lease = 400;           // from a member's death to its links being down
   uint64_t staging_slots = 1000;  // node_sum: gradients that a client may have in flight
+  uint64_t aside_refused_percent = 0;  // node_sum: of those that there is no memory for
 
   std::vector<Fault> faults;
   bool restart_together = true;  // torchrun; else each rank comes back by itself
@@ -74,6 +76,7 @@ struct Scenario {
   bool divergent = false;     // ranks take different paths
   bool unequal = false;       // and different numbers of micro-steps
   bool late = false;          // gradients after a unit's last scatter
+  bool pieces = false;        // several scatters of a unit in one micro-step
   bool collectives = false;   // of the script's own, outside zerod, while units are held
   bool barriers = false;      // SCALAR in the midst of a step
   bool evaluation = false;    // one rank gathers what the others do not
@@ -97,7 +100,8 @@ struct Scenario {
 // --- Training scripts --------------------------------------------------------------------------
 
 enum class OpKind : uint8_t {
-  kGather, kRelease, kCompute, kLand, kScatter, kReclaim, kScalar, kCollective, kPut, kRead,
+  kGather, kRelease, kCompute, kLand, kScatter, kMicroStep, kReclaim, kScalar, kCollective, kPut,
+  kRead,
   kQuiet,    // nobody reads parameters from here to kReading
   kReading,
   kStall, kStep, kDetach,

@@ -28,12 +28,12 @@ void Truth::PrepareBefore(Step step) {
 }
 
 // The gradient of one parameter in the order of sums that DESIGN promises: per_rank adds
-// micro-steps within a client, then ranks; node_sum adds ranks within each micro-step; then nodes;
-// rounds one after the other.
+// micro-steps within a client, then ranks; node_sum adds ranks within each place of a micro-step;
+// then nodes; rounds one after the other.
 Gradient Truth::Sum(const std::vector<std::shared_ptr<Process>>& processes, UnitIndex unit,
                     uint32_t place) const {
   struct Part {
-    uint32_t round, node, pass, slot;
+    uint32_t round, node, micro_step, index, slot;
     Gradient gradient;
   };
   std::vector<Part> parts;
@@ -47,14 +47,15 @@ Gradient Truth::Sum(const std::vector<std::shared_ptr<Process>>& processes, Unit
       // With one member nothing is consumed between rounds under per_rank: all of a client's come
       // before the next client's.
       const uint32_t round = one_member && !s_.spec.node_sum ? 1 : h.round;
-      const uint32_t pass = one_member && !s_.spec.node_sum ? index++ : h.pass;
-      parts.push_back({round, p->member(), pass, p->slot(), h.gradients[place]});
+      const bool in_order = one_member && !s_.spec.node_sum;
+      parts.push_back({round, p->member(), in_order ? 0 : h.micro_step,
+                       in_order ? index++ : h.index, p->slot(), h.gradients[place]});
     }
   }
   std::stable_sort(parts.begin(), parts.end(), [&](const Part& a, const Part& b) {
     auto key = [&](const Part& x) {
-      return s_.spec.node_sum ? std::tuple(x.round, x.node, x.pass, x.slot)
-                              : std::tuple(x.round, x.node, x.slot, x.pass);
+      return s_.spec.node_sum ? std::tuple(x.round, x.node, x.micro_step, x.index, x.slot)
+                              : std::tuple(x.round, x.node, x.slot, x.micro_step, x.index);
     };
     return key(a) < key(b);
   });

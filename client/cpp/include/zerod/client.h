@@ -150,6 +150,10 @@ class ZEROD_EXPORT Client {
   // unit in this step (unless Reclaim is called). per_rank: a scatter that is not last costs
   // nothing.
   virtual absl::Status Scatter(uint32_t unit, bool last) = 0;
+  // A backward pass is over. node_sum: what was landed in it and not scattered is handed over.
+  // Gradients are added pass by pass, and no other rank waits any longer for more of this one.
+  // per_rank: nothing happens.
+  virtual absl::Status EndMicroStep() = 0;
   // After a last Scatter: waits until the unit may be landed again in this step. May wait for
   // other ranks: call it where all ranks come together (in step()).
   virtual absl::Status Reclaim(uint32_t unit) = 0;

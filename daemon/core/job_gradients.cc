@@ -1,0 +1,317 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Gradients: rounds and what becomes of them, and under node_sum the order in which they reach the
+// node's accumulator.
+//
+// node_sum. Staging is bounded, and the order of a unit's sum is fixed: round, micro-step, index
+// within the micro-step, rank. So a gradient may have to wait for another rank: until that one has
+// handed over what comes before, or cannot any more. It cannot once its micro-step is over, so
+// ranks that take different paths wait for each other's micro-step at most. And where a client has
+// no room left, what waits is set aside, so that it goes on: a rank that others wait for (in a
+// collective of the script's own) is not kept waiting itself.
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+#include "daemon/core/job.h"
+
+namespace zerod::core {
+
+void Job::OnScatter(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step, bool last,
+                    uint64_t staging_offset, const std::vector<bool>& touched) {
+  if (!Attached(slot)) return;
+  absl::Status status = CheckUnitAndStep(unit, step);
+  Slot& s = slots_[slot];
+  if (status.ok() && s.stepped) {
+    status = absl::FailedPreconditionError("a scatter after STEP and before its answer");
+  } else if (status.ok() && (s.marks[unit] >= kRoundsMax ||
+                             touched.size() != units_[unit].touched.size())) {
+    status = absl::InvalidArgumentError("too many scatters, or touched bits of another size");
+  }
+  if (status.ok()) status = MissingRank();
+  if (!status.ok()) return Answer({slot, cookie}, status);
+  UnitState& u = units_[unit];
+  for (size_t i = 0; i < touched.size(); ++i) {
+    if (touched[i]) u.touched[i] = true;
+  }
+  if (spec_.node_sum) {
+    Staged staged{slot, cookie, staging_offset, s.marks[unit] + 1u, s.micro_steps,
+                  s.indices[unit]++, TouchedBytes(unit, touched), ++scatters_};
+    auto place = std::upper_bound(
+        u.staged.begin(), u.staged.end(), staged,
+        [](const Staged& a, const Staged& b) { return a.Key() < b.Key(); });
+    // The first may be on its way to the accumulator already; it stays the first.
+    if (place == u.staged.begin() && u.accumulating) ++place;
+    u.staged.insert(place, staged);
+    s.unmarked[unit] = true;
+  } else {
+    Answer({slot, cookie}, absl::OkStatus());
+  }
+  if (last) {
+    ++s.marks[unit];
+    s.unmarked[unit] = false;
+    s.indices[unit] = 0;
+  }
+  if (spec_.node_sum) PumpStaging(unit);
+  MaybeReportGradients(unit);
+  Pump();
+}
+
+void Job::OnMicroStep(SlotIndex slot, Step step) {
+  if (!Attached(slot) || !spec_.node_sum || !CheckUnitAndStep(0, step).ok()) return;
+  Slot& s = slots_[slot];
+  if (s.stepped) return;
+  ++s.micro_steps;
+  std::fill(s.indices.begin(), s.indices.end(), 0);
+  for (UnitIndex u = 0; u < units_.size(); ++u) PumpStaging(u);
+  PumpRoom();
+  Pump();
+}
+
+// --- node_sum: the order ---------------------------------------------------------------------
+
+// True when `slot` will hand over nothing more of `unit` before (round and micro-step of `s`,
+// `index`).
+bool Job::Passed(const Slot& slot, UnitIndex unit, const Staged& s, uint32_t index) const {
+  if (slot.stepped || slot.marks[unit] >= s.round) return true;
+  return slot.marks[unit] + 1u == s.round &&
+         std::make_pair(slot.micro_steps, slot.indices[unit]) >=
+             std::make_pair(s.micro_step, index);
+}
+
+// True when nothing more can come that must be added before `s`.
+bool Job::Ready(UnitIndex unit, const Staged& s) const {
+  // A later round goes to the accumulator only when the round before has left it.
+  if (s.round > units_[unit].reduced_round + 1) return false;
+  for (SlotIndex i = 0; i < slots_.size(); ++i) {
+    if (i == s.slot) continue;
+    const bool before = Passed(slots_[i], unit, s, i < s.slot ? s.index + 1 : s.index);
+    if (!before) return false;
+  }
+  return true;
+}
+
+// Adds what is next, if it is there.
+void Job::PumpStaging(UnitIndex unit) {
+  UnitState& u = units_[unit];
+  if (u.accumulating || u.staged.empty() || u.reducing != 0) return;
+  const Staged& next = u.staged.front();
+  if (next.moving || !Ready(unit, next)) return;
+  u.accumulating = true;
+  Emit(StartAccumulate{unit, next.slot, next.offset, /*first=*/!u.accumulated, next.aside});
+  u.accumulated = true;
+}
+
+void Job::OnAccumulateDone(UnitIndex unit, SlotIndex slot) {
+  if (state_ != JobState::kRunning || unit >= units_.size()) return;
+  UnitState& u = units_[unit];
+  if (!u.accumulating) return;
+  CHECK(!u.staged.empty() && u.staged.front().slot == slot);
+  u.accumulating = false;
+  const Staged done = u.staged.front();
+  u.staged.erase(u.staged.begin());
+  if (done.aside != 0) {
+    aside_bytes_ -= done.bytes;
+  } else {
+    slots_[slot].wants_room = false;
+    Answer({slot, done.cookie}, absl::OkStatus());
+  }
+  PumpStaging(unit);
+  PumpRoom();
+  MaybeReportGradients(unit);
+  MaybeReportStep();
+  Advance();  // a new generation waits for the accumulators
+  Pump();
+}
+
+// --- node_sum: room --------------------------------------------------------------------------
+
+void Job::OnMakeRoom(SlotIndex slot) {
+  if (!Attached(slot) || !spec_.node_sum || state_ != JobState::kRunning) return;
+  slots_[slot].wants_room = true;
+  PumpRoom();
+  Pump();
+}
+
+uint64_t Job::TouchedBytes(UnitIndex unit, const std::vector<bool>& touched) const {
+  const std::vector<uint32_t>& parameters = spec_.layout->units()[unit].parameters;
+  uint64_t elements = 0;
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    if (touched[i]) elements += spec_.layout->parameters()[parameters[i]].elements;
+  }
+  return elements * sizeof(float);
+}
+
+// True when `s` waits for another rank, itself or behind one that does; else it is added as soon
+// as the accumulator gets to it.
+bool Job::Waits(UnitIndex unit, const Staged& s) const {
+  for (const Staged& before : units_[unit].staged) {
+    if (!Ready(unit, before)) return true;
+    if (&before == &s) break;
+  }
+  return false;
+}
+
+// The slot's gradient that has lain longest in its staging, null where there is none.
+Job::Staged* Job::OldestInStaging(SlotIndex slot, UnitIndex* unit) {
+  Staged* oldest = nullptr;
+  for (UnitIndex u = 0; u < units_.size(); ++u) {
+    for (Staged& s : units_[u].staged) {
+      if (s.slot != slot || (s.aside != 0 && !s.moving)) continue;
+      if (oldest != nullptr && oldest->order < s.order) continue;
+      oldest = &s;
+      *unit = u;
+    }
+  }
+  return oldest;
+}
+
+// How much may be set aside for a client to get room: one gradient of the node in all. Where every
+// rank is in the same micro-step and there are two of them, that is enough for any path: of each
+// unit only one has more than the other. A rank that is ahead leaves half of it to those it waits
+// for, which may have to get on before it can.
+uint64_t Job::AsideMax(const Slot& slot) const {
+  const uint64_t whole = spec_.layout->trainable_elements() * sizeof(float);
+  const bool ahead = std::any_of(slots_.begin(), slots_.end(), [&](const Slot& other) {
+    return !other.stepped && other.micro_steps < slot.micro_steps;
+  });
+  return ahead ? whole / 2 : whole;
+}
+
+// Sets aside what waits in the staging of clients that have no room left, oldest first and no more
+// than they need: the answer lets the client look again.
+void Job::PumpRoom() {
+  for (SlotIndex i = 0; i < slots_.size(); ++i) {
+    if (!slots_[i].wants_room) continue;
+    UnitIndex unit = 0;
+    Staged* const oldest = OldestInStaging(i, &unit);
+    if (oldest == nullptr || oldest->moving) {
+      slots_[i].wants_room = oldest != nullptr;  // its answer comes
+      continue;
+    }
+    const bool leaves = units_[unit].accumulating && oldest == &units_[unit].staged.front();
+    if (leaves || !Waits(unit, *oldest)) continue;
+    if (aside_bytes_ + oldest->bytes > AsideMax(slots_[i])) continue;
+    oldest->aside = ++asides_;
+    oldest->moving = true;
+    aside_bytes_ += oldest->bytes;
+    ++setting_aside_;
+    Emit(StartSetAside{unit, i, oldest->offset, oldest->aside, oldest->bytes});
+  }
+}
+
+void Job::OnSetAsideDone(UnitIndex unit, uint64_t aside, bool done) {
+  if (state_ != JobState::kRunning || unit >= units_.size() || aside == 0) return;
+  UnitState& u = units_[unit];
+  const auto it = std::find_if(u.staged.begin(), u.staged.end(),
+                               [&](const Staged& s) { return s.aside == aside; });
+  if (it == u.staged.end() || !it->moving) return;
+  it->moving = false;
+  --setting_aside_;
+  const absl::Status missing = MissingRank();
+  if (!done) {
+    // Asked again when something has changed.
+    aside_bytes_ -= it->bytes;
+    it->aside = 0;
+  } else if (missing.ok()) {
+    slots_[it->slot].wants_room = false;
+    Answer({it->slot, std::exchange(it->cookie, 0)}, absl::OkStatus());
+  }
+  if (!missing.ok()) ForgetStaged(&u, missing);
+  PumpStaging(unit);
+  if (done) PumpRoom();
+  Advance();  // a new generation waits for it
+  Pump();
+}
+
+// The step under way cannot complete. What a worker reads at this moment stays until it is done.
+void Job::ForgetStaged(UnitState* u, const absl::Status& why) {
+  std::vector<Staged> kept;
+  for (size_t i = 0; i < u->staged.size(); ++i) {
+    const Staged& s = u->staged[i];
+    if (s.moving || (i == 0 && u->accumulating)) {
+      kept.push_back(s);
+      continue;
+    }
+    Answer({s.slot, s.cookie}, why);
+    if (s.aside == 0) continue;
+    aside_bytes_ -= s.bytes;
+    Emit(DropAside{s.aside});
+  }
+  u->staged = std::move(kept);
+}
+
+// --- Rounds ----------------------------------------------------------------------------------
+
+// A round is this node's when each of its clients has marked it or sent STEP.
+void Job::MaybeReportGradients(UnitIndex unit) {
+  if (state_ != JobState::kRunning || step_reported_) return;
+  UnitState& u = units_[unit];
+  for (;;) {
+    const uint32_t round = u.reported_round + 1;
+    bool any = false;
+    for (const Slot& s : slots_) {
+      if (s.state != SlotState::kAttached) return;
+      if (s.marks[unit] >= round) {
+        any = true;
+      } else if (!s.stepped) {
+        return;
+      }
+    }
+    if (!any) return;
+    if (!u.staged.empty() && u.staged.front().round <= round) return;
+    u.reported_round = round;
+    Tell(GradientsReady{unit, committed_ + 1, round});
+  }
+}
+
+void Job::OnReclaim(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step) {
+  if (!Attached(slot)) return;
+  absl::Status status = CheckUnitAndStep(unit, step);
+  if (status.ok() && (slots_[slot].stepped || slots_[slot].marks[unit] == 0)) {
+    status = absl::FailedPreconditionError("a reclaim of a unit that was not scattered");
+  }
+  if (status.ok()) status = MissingRank();
+  if (!status.ok()) return Answer({slot, cookie}, status);
+  units_[unit].reclaims.push_back({slot, cookie});
+  CloseRounds(slot, slots_[slot].marks[unit]);
+  AnswerReclaims(unit);
+  Pump();
+}
+
+uint32_t Job::NextRound(SlotIndex slot, UnitIndex unit) const {
+  if (!Attached(slot) || unit >= units_.size()) return 1;
+  return slots_[slot].marks[unit] + 1u;
+}
+
+// The client waits until `rounds` rounds of a unit are reduced, so it adds nothing to those rounds
+// of any other unit: what it scatters later belongs to the next one. Else two ranks that take
+// different paths would wait for each other's mark, each in its own RECLAIM.
+void Job::CloseRounds(SlotIndex slot, uint32_t rounds) {
+  Slot& s = slots_[slot];
+  for (UnitIndex u = 0; u < units_.size(); ++u) {
+    if (s.marks[u] >= rounds) continue;
+    s.marks[u] = static_cast<uint8_t>(rounds);
+    s.unmarked[u] = false;
+    s.indices[u] = 0;
+    if (spec_.node_sum) PumpStaging(u);
+    MaybeReportGradients(u);
+  }
+}
+
+void Job::AnswerReclaims(UnitIndex unit) {
+  UnitState& u = units_[unit];
+  std::vector<Waiter> later;
+  for (const Waiter& w : std::exchange(u.reclaims, {})) {
+    if (u.reducing == 0 && u.reduced_round >= slots_[w.slot].marks[unit]) {
+      // One member: nothing was moved, the sum is taken again over all that lies there.
+      Answer(w, absl::OkStatus(), spec_.members > 1 || spec_.node_sum ? 1 : 0);
+    } else {
+      later.push_back(w);
+    }
+  }
+  u.reclaims = std::move(later);
+}
+
+}  // namespace zerod::core

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The gradient plan node_sum: the order in which gradients are added, and what is set aside.
+#include "tests/core/job_fixture.h"
+
+namespace zerod::core {
+namespace {
+
+// Two clients under node_sum.
+class NodeSumTest : public JobTest {
+ protected:
+  void SetUp() override {
+    JobSpec spec = Spec(1, 2);
+    spec.node_sum = true;
+    Make(spec);
+    Attach(2);
+  }
+  // Adds all that the job asks for; where in staging each lay.
+  std::vector<uint64_t> Accumulated() {
+    std::vector<uint64_t> order;
+    for (auto next = Take<StartAccumulate>(); !next.empty(); next = Take<StartAccumulate>()) {
+      for (const StartAccumulate& a : next) {
+        order.push_back(a.staging_offset);
+        job_->OnAccumulateDone(a.unit, a.slot);
+      }
+    }
+    return order;
+  }
+};
+
+TEST_F(NodeSumTest, AddsByPlaceThenRank) {
+  job_->OnScatter(1, 31, 0, 1, false, 500, {true});
+  job_->OnScatter(1, 32, 0, 1, true, 600, {true});
+  EXPECT_TRUE(Take<StartAccumulate>().empty());  // rank 0's first micro-step comes before
+  job_->OnScatter(0, 33, 0, 1, false, 700, {true});
+  std::vector<uint64_t> order;
+  job_->OnStep(0, 34, 1, Hyper(1), {});
+  for (auto next = Take<StartAccumulate>(); !next.empty(); next = Take<StartAccumulate>()) {
+    ASSERT_EQ(next.size(), 1u);
+    EXPECT_EQ(next[0].first, order.empty());
+    order.push_back(next[0].staging_offset);
+    job_->OnAccumulateDone(next[0].unit, next[0].slot);
+  }
+  EXPECT_EQ(order, (std::vector<uint64_t>{700, 500, 600}));
+  job_->OnStep(1, 35, 1, Hyper(1), {});
+  RunEngine();
+  EXPECT_TRUE(Answer(34).ok() && Answer(35).ok());
+  EXPECT_EQ(applied_.size(), 1u);
+}
+
+// Rank 0 does not use unit 0 in the first micro-step; that is known when its micro-step is over.
+TEST_F(NodeSumTest, AWaitForARankEndsWithItsMicroStep) {
+  job_->OnScatter(1, 31, 0, 1, false, 500, {true});
+  EXPECT_TRUE(Take<StartAccumulate>().empty());
+  job_->OnMicroStep(0, 1);
+  EXPECT_EQ(Accumulated(), (std::vector<uint64_t>{500}));
+  EXPECT_TRUE(Answer(31).ok());
+  // Rank 0's second micro-step waits for rank 1's first to end, whatever came when.
+  job_->OnScatter(0, 32, 0, 1, false, 700, {true});
+  job_->OnScatter(0, 33, 1, 1, false, 800, {true});
+  EXPECT_TRUE(Accumulated().empty());
+  job_->OnScatter(1, 34, 0, 1, false, 600, {true});
+  EXPECT_EQ(Accumulated(), (std::vector<uint64_t>{600}));
+  job_->OnMicroStep(1, 1);
+  EXPECT_EQ(Accumulated(), (std::vector<uint64_t>{700, 800}));
+  // Of another step, or after STEP, it says nothing.
+  job_->OnScatter(1, 35, 2, 1, false, 900, {true});
+  job_->OnMicroStep(0, 2);
+  job_->OnMicroStep(77, 1);
+  EXPECT_TRUE(Accumulated().empty());
+  job_->OnStep(0, 36, 1, Hyper(1), {});
+  job_->OnMicroStep(0, 1);
+  EXPECT_EQ(Accumulated(), (std::vector<uint64_t>{900}));
+}
+
+TEST_F(NodeSumTest, WhatWaitsIsSetAsideAndAddedInItsPlace) {
+  job_->OnScatter(1, 31, 0, 1, false, 500, {true});
+  job_->OnScatter(1, 32, 1, 1, false, 600, {true});
+  EXPECT_TRUE(Take<StartSetAside>().empty());  // only where there is no room
+  job_->OnMakeRoom(1);
+  job_->OnMakeRoom(1);
+  std::vector<StartSetAside> aside = Take<StartSetAside>();
+  ASSERT_EQ(aside.size(), 1u);  // the oldest, and no more than asked for
+  EXPECT_EQ(aside[0].unit, 0u);
+  EXPECT_EQ(aside[0].staging_offset, 500u);
+  EXPECT_EQ(aside[0].bytes, 4000u);
+  // Its turn comes while it is copied: it is added from where it goes.
+  job_->OnScatter(0, 33, 0, 1, false, 700, {true});
+  EXPECT_EQ(Accumulated(), (std::vector<uint64_t>{700}));
+  EXPECT_TRUE(absl::IsUnknown(Answer(31)));
+  job_->OnSetAsideDone(0, aside[0].aside, true);
+  EXPECT_TRUE(Answer(31).ok());
+  const std::vector<StartAccumulate> next = Take<StartAccumulate>();
+  ASSERT_EQ(next.size(), 1u);
+  EXPECT_EQ(next[0].aside, aside[0].aside);
+  EXPECT_FALSE(next[0].first);
+  job_->OnAccumulateDone(0, 1);
+  // Answered once; a late word about it changes nothing.
+  job_->OnSetAsideDone(0, aside[0].aside, true);
+  EXPECT_TRUE(Take<Complete>().empty());
+  EXPECT_TRUE(Take<StartSetAside>().empty());
+  job_->OnMakeRoom(1);
+  aside = Take<StartSetAside>();
+  ASSERT_EQ(aside.size(), 1u);
+  EXPECT_EQ(aside[0].unit, 1u);
+  job_->OnSetAsideDone(1, aside[0].aside, true);
+  EXPECT_TRUE(Answer(32).ok());
+  job_->OnStep(0, 34, 1, Hyper(1), {});
+  job_->OnStep(1, 35, 1, Hyper(1), {});
+  RunEngine();
+  EXPECT_TRUE(Answer(35).ok());
+  EXPECT_EQ(applied_.size(), 2u);
+}
+
+TEST_F(NodeSumTest, WhatIsAddedAnywayIsNotSetAside) {
+  job_->OnScatter(0, 31, 0, 1, false, 500, {true});
+  job_->OnScatter(1, 32, 0, 1, false, 600, {true});  // behind the former, in no need of a rank
+  job_->OnMakeRoom(0);
+  job_->OnMakeRoom(1);
+  EXPECT_TRUE(Take<StartSetAside>().empty());
+  EXPECT_EQ(Accumulated(), (std::vector<uint64_t>{500, 600}));
+  EXPECT_TRUE(Take<StartSetAside>().empty());
+}
+
+// Of 6048 elements, padding and all, 6000 are set aside.
+TEST_F(NodeSumTest, WhatIsSetAsideIsBounded) {
+  for (UnitIndex u : {0, 1, 2, 2}) job_->OnScatter(1, 31, u, 1, false, 0, {true});
+  for (uint64_t count : {1, 1, 1, 0}) {
+    job_->OnMakeRoom(1);
+    const std::vector<StartSetAside> aside = Take<StartSetAside>();
+    ASSERT_EQ(aside.size(), count);
+    if (count == 1) job_->OnSetAsideDone(aside[0].unit, aside[0].aside, true);
+  }
+  // What is added makes room for the fourth.
+  job_->OnScatter(0, 32, 2, 1, false, 0, {true});
+  std::vector<StartAccumulate> added = Take<StartAccumulate>();
+  ASSERT_EQ(added.size(), 1u);
+  job_->OnAccumulateDone(2, 0);
+  added = Take<StartAccumulate>();
+  ASSERT_EQ(added.size(), 1u);
+  EXPECT_NE(added[0].aside, 0u);
+  EXPECT_TRUE(Take<StartSetAside>().empty());
+  job_->OnAccumulateDone(2, 1);
+  EXPECT_EQ(Take<StartSetAside>().size(), 1u);
+}
+
+TEST_F(NodeSumTest, ARankThatIsAheadLeavesRoomToTheOthers) {
+  job_->OnMicroStep(1, 1);
+  job_->OnScatter(1, 31, 2, 1, false, 0, {true});
+  job_->OnScatter(1, 32, 1, 1, false, 0, {true});
+  job_->OnMakeRoom(1);
+  const std::vector<StartSetAside> aside = Take<StartSetAside>();
+  ASSERT_EQ(aside.size(), 1u);
+  job_->OnSetAsideDone(2, aside[0].aside, true);
+  job_->OnMakeRoom(1);
+  EXPECT_TRUE(Take<StartSetAside>().empty());
+  job_->OnMicroStep(0, 1);  // not ahead any more
+  EXPECT_EQ(Take<StartSetAside>().size(), 1u);
+}
+
+TEST_F(NodeSumTest, WhereThereIsNoMemoryItWaitsAndIsAskedForAgain) {
+  job_->OnScatter(1, 31, 0, 1, false, 500, {true});
+  job_->OnMakeRoom(1);
+  std::vector<StartSetAside> aside = Take<StartSetAside>();
+  ASSERT_EQ(aside.size(), 1u);
+  job_->OnSetAsideDone(0, aside[0].aside, false);
+  EXPECT_TRUE(Take<StartSetAside>().empty());  // not at once
+  EXPECT_TRUE(absl::IsUnknown(Answer(31)));
+  job_->OnMakeRoom(1);
+  aside = Take<StartSetAside>();
+  ASSERT_EQ(aside.size(), 1u);
+  job_->OnSetAsideDone(0, aside[0].aside, false);
+  job_->OnMicroStep(0, 1);
+  EXPECT_EQ(Accumulated(), (std::vector<uint64_t>{500}));
+  EXPECT_TRUE(Answer(31).ok());
+}
+
+// Rank 1's second round waits until the first is reduced, which needs rank 0.
+TEST_F(NodeSumTest, AWaitForARoundIsSetAsideToo) {
+  job_->OnScatter(0, 30, 0, 1, true, 100, {true});
+  job_->OnScatter(1, 31, 0, 1, true, 200, {true});
+  job_->OnReclaim(1, 32, 0, 1);
+  RunEngine();
+  EXPECT_TRUE(Answer(32).ok());
+  job_->OnScatter(1, 33, 1, 1, false, 300, {true});
+  job_->OnMakeRoom(1);
+  const std::vector<StartSetAside> aside = Take<StartSetAside>();
+  ASSERT_EQ(aside.size(), 1u);
+  job_->OnSetAsideDone(1, aside[0].aside, true);
+  EXPECT_TRUE(Answer(33).ok());
+  job_->OnScatter(0, 34, 1, 1, true, 400, {true});
+  EXPECT_EQ(Accumulated(), (std::vector<uint64_t>{400}));
+  job_->OnStep(0, 35, 1, Hyper(1), {});
+  job_->OnStep(1, 36, 1, Hyper(1), {});
+  RunEngine();
+  EXPECT_TRUE(Answer(35).ok() && Answer(36).ok());
+}
+
+TEST_F(NodeSumTest, ADeathWhileSomethingIsSetAsideEndsTheGenerationAfterIt) {
+  job_->OnScatter(1, 61, 0, 1, true, 0, {true});
+  job_->OnMakeRoom(1);
+  const std::vector<StartSetAside> aside = Take<StartSetAside>();
+  ASSERT_EQ(aside.size(), 1u);
+  job_->OnClientGone(1, "killed");
+  EXPECT_EQ(job_->generation(), 1u);
+  job_->OnSetAsideDone(0, aside[0].aside, true);
+  EXPECT_EQ(job_->generation(), 2u);
+  EXPECT_EQ(Take<DropGradients>().size(), 1u);
+  EXPECT_TRUE(Take<StartAccumulate>().empty());
+}
+
+TEST_F(NodeSumTest, ARankThatLeavesLeavesNothingSetAside) {
+  job_->OnScatter(1, 81, 0, 1, false, 0, {true});
+  job_->OnMakeRoom(1);
+  const std::vector<StartSetAside> first = Take<StartSetAside>();
+  job_->OnSetAsideDone(0, first.at(0).aside, true);
+  job_->OnScatter(1, 82, 1, 1, false, 0, {true});
+  job_->OnMakeRoom(1);
+  const std::vector<StartSetAside> second = Take<StartSetAside>();
+  job_->OnDetach(0, 83);
+  std::vector<DropAside> dropped = Take<DropAside>();
+  ASSERT_EQ(dropped.size(), 1u);
+  EXPECT_EQ(dropped[0].aside, first[0].aside);
+  EXPECT_TRUE(absl::IsUnknown(Answer(82)));  // the copy reads its memory
+  job_->OnSetAsideDone(1, second.at(0).aside, true);
+  EXPECT_TRUE(absl::IsFailedPrecondition(Answer(82)));
+  dropped = Take<DropAside>();
+  ASSERT_EQ(dropped.size(), 1u);
+  EXPECT_EQ(dropped[0].aside, second[0].aside);
+  EXPECT_TRUE(Take<StartAccumulate>().empty());
+}
+
+TEST_F(NodeSumTest, ADeathDuringAnAccumulationEndsTheGenerationAfterIt) {
+  job_->OnScatter(0, 61, 0, 1, true, 0, {true});
+  ASSERT_EQ(Take<StartAccumulate>().size(), 1u);
+  job_->OnClientGone(1, "killed");
+  EXPECT_EQ(job_->generation(), 1u);
+  job_->OnAccumulateDone(0, 0);
+  EXPECT_EQ(job_->generation(), 2u);
+}
+
+}  // namespace
+}  // namespace zerod::core
