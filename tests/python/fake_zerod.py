@@ -235,6 +235,9 @@ class Client:
         if last:
             self._scattered.add(unit)
 
+    def end_micro_step(self):
+        self.log.append(("end_micro_step",))
+
     def reclaim(self, unit):
         self.log.append(("reclaim", unit))
         self._scattered.discard(unit)

@@ -384,6 +384,35 @@ def mixture_of_experts(rank, world):
 
 
 @case
+def experts_by_turns(rank, world):
+    """Three micro-steps; in none of them do two ranks use the same experts."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(Block() for _ in range(6))
+            self.head = nn.Linear(WIDTH, 5)
+
+        def forward(self, x, first):
+            for i in (first, first + 2, first + 1):
+                x = self.experts[i % 6](x)
+            return self.head(x)
+
+    def train(engine, step):
+        total = 0.0
+        for i in range(3):
+            loss = engine(batch(rank, 10 * step + i), 3 * rank + step + i).square().mean()
+            engine.set_gradient_accumulation_boundary(i == 2)
+            engine.backward(loss)
+            if i < 2:
+                engine.step()
+            total += loss.item()
+        return total
+
+    return Model(), train
+
+
+@case
 def exception_in_forward(rank, world):
     class Model(Stack):
         def forward(self, x, fail_at=-1):

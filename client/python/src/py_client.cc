@@ -334,6 +334,11 @@ void DefineClient(nb::module_& m) {
              Check(WithoutGil([&] { return client->Scatter(unit, last); }));
            },
            "unit"_a, "last"_a)
+      .def("end_micro_step",
+           [](const PyClient& p) {
+             const auto client = p.Get();
+             Check(WithoutGil([&] { return client->EndMicroStep(); }));
+           })
       .def("reclaim",
            [](const PyClient& p, uint32_t unit) {
              const auto client = p.Get();

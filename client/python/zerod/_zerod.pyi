@@ -224,6 +224,9 @@ class Client:
         memory). FailedPrecondition after the unit's last scatter: reclaim() first."""
     def scattered(self, unit: int) -> bool: ...
     def scatter(self, unit: int, last: bool) -> None: ...
+    def end_micro_step(self) -> None:
+        """A backward pass is over: under the gradient plan node_sum no other rank waits for more
+        of it, and gradients are added pass by pass."""
     def reclaim(self, unit: int) -> None: ...
     def step(
         self,

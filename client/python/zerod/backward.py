@@ -139,6 +139,7 @@ class BackwardPass:
         last = self.is_last()
         for unit in list(self._open if last else self._landed):
             self._scatter(unit, last)
+        self.client.end_micro_step()
         self._pending.clear()
         self.expectation.end()
         if self.on_end:
