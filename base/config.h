@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The job's configuration: DeepSpeed's JSON as typed, validated values. One parser for the daemon,
-// the tools and (through the extension module) Python. A key that nothing serves yet is an error
-// that names the key, and for a misspelt one the nearest served key.
+// the tools and (through the extension module) Python. base/config_parse.h has the parser with all
+// that it can say; docs/config.md lists every key. Nothing is accepted and ignored: a key that has
+// no effect yet must have its default.
 #pragma once
 
 #include <cstdint>
@@ -29,21 +30,159 @@ struct Config {
   double gradient_clipping = 1.0;
   bool bf16 = false;               // bf16.enabled
 
+  // The rest of the block "bf16".
+  struct Bf16 {
+    bool immediate_grad_update = false;
+    bool check_grad_overflow = true;
+    bool master_weights_and_grads = false;  // bf16_master_weights_and_grads
+    bool optimizer_states = false;          // bf16_optimizer_states
+    friend bool operator==(const Bf16&, const Bf16&) = default;
+  } bf16_options;
+
+  struct Fp16 {
+    bool enabled = false;
+    bool auto_cast = false;
+    double loss_scale = 0;  // 0: dynamic
+    int64_t initial_scale_power = 16;
+    uint64_t loss_scale_window = 1000;
+    uint64_t hysteresis = 2;
+    bool consecutive_hysteresis = false;
+    uint64_t min_loss_scale = 1;
+    bool master_weights_and_grads = false;  // fp16_master_weights_and_grads
+    friend bool operator==(const Fp16&, const Fp16&) = default;
+  } fp16;
+
+  // data_types and torch_autocast; "fp32", "fp16", "bf16", or nothing: the model's.
+  struct DataTypes {
+    std::optional<std::string> grad_accum_dtype;
+    std::optional<std::string> param_dtype;
+    std::optional<std::string> buffer_dtype;
+    std::optional<std::vector<std::string>> keep_in_fp32_modules;  // nothing: "auto"
+    bool autocast = false;  // torch_autocast.enabled
+    std::optional<std::string> autocast_dtype;
+    std::vector<std::string> lower_precision_safe_modules;
+    friend bool operator==(const DataTypes&, const DataTypes&) = default;
+  } data_types;
+
+  // How gradients are summed, and in what type.
+  struct Communication {
+    std::optional<std::string> data_type;  // communication_data_type; nothing: the model's
+    std::string seq_parallel_data_type = "fp32";
+    bool prescale_gradients = false;
+    double gradient_predivide_factor = 1.0;
+    std::string gradient_allreduce_op = "mean";  // "mean" or "sum"
+    bool managed_gradient_accumulation = true;
+    bool disable_allgather = false;
+    friend bool operator==(const Communication&, const Communication&) = default;
+  } communication;
+
+  struct OffloadOptimizer {
+    std::string device = "none";  // "none", "cpu", "nvme"
+    std::optional<std::string> nvme_path;
+    uint64_t buffer_count = 4;
+    bool pin_memory = true;
+    bool pipeline_read = false;
+    bool pipeline_write = false;
+    bool fast_init = false;
+    double ratio = 1.0;
+    bool super_offload = false;
+    double cpuadam_cores_perc = 0.8;
+    friend bool operator==(const OffloadOptimizer&, const OffloadOptimizer&) = default;
+  };
+
+  struct OffloadParam {
+    std::string device = "none";
+    std::optional<std::string> nvme_path;
+    uint64_t buffer_count = 5;
+    uint64_t buffer_size = 100000000;
+    uint64_t max_in_cpu = 1000000000;
+    bool pin_memory = true;
+    friend bool operator==(const OffloadParam&, const OffloadParam&) = default;
+  };
+
+  struct LeafModule {
+    std::vector<std::string> classes = {
+        "transformers.models.mixtral.modeling_mixtral.MixtralSparseMoeBlock",
+        "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeSparseMoeBlock",
+        "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock"};
+    std::vector<std::string> names;
+    std::vector<std::string> name_suffixes;
+    friend bool operator==(const LeafModule&, const LeafModule&) = default;
+  };
+
   struct ZeroOptimization {
     uint32_t stage = 0;                              // 0..3
     uint64_t max_live_parameters = 1000000000;       // stage3_max_live_parameters, elements
     uint64_t param_persistence_threshold = 100000;   // stage3_param_persistence_threshold, elements
     uint64_t prefetch_bucket_size = 50000000;        // stage3_prefetch_bucket_size, elements
+
+    bool contiguous_gradients = true;
+    bool reduce_scatter = true;
+    uint64_t reduce_bucket_size = 500000000;  // elements
+    bool use_multi_rank_bucket_allreduce = true;
+    bool allgather_partitions = true;
+    uint64_t allgather_bucket_size = 500000000;  // elements
+    std::optional<bool> overlap_comm;            // nothing: at stage 3
+    bool compute_grad_norm = true;
+    bool load_from_fp32_weights = true;
+    bool elastic_checkpoint = false;
+    uint64_t sub_group_size = 1000000000;                         // elements
+    uint64_t model_persistence_threshold = 9223372036854775807u;  // stage3_..., elements
+    uint64_t max_reuse_distance = 1000000000;                     // stage3_..., elements
+    bool gather_16bit_weights_on_model_save = false;              // stage3_...
+    uint64_t module_granularity_threshold = 0;                    // stage3_...
+    bool use_all_reduce_for_fetch_params = false;                 // stage3_...
+    bool allgather_sequential = false;                            // stage3_...
+    bool ignore_unused_parameters = true;
+    bool round_robin_gradients = false;
+    bool parameter_alignment = false;
+    uint64_t hpz_partition_size = 1;  // zero_hpz_partition_size; 0 and 1: off
+    bool quantized_weights = false;   // zero_quantized_...
+    bool quantized_nontrainable_weights = false;
+    bool quantized_gradients = false;
+    bool memory_efficient_linear = true;
+    bool pipeline_loading_checkpoint = false;
+    bool override_module_apply = true;
+    bool log_trace_cache_warnings = false;
+    bool enable_sanity_checks = false;
+    bool save_muon_momentum_buffer_in_memory = false;
+    OffloadOptimizer offload_optimizer;
+    OffloadParam offload_param;
+    LeafModule leaf_module;
     friend bool operator==(const ZeroOptimization&, const ZeroOptimization&) = default;
   } zero;
 
   struct Optimizer {
     std::string type;  // "AdamW", or empty: the caller passes an optimizer
-    double lr = 1e-3;
+    double lr = 1e-3;  // after Parse this and the next are the type's defaults where left out
     double beta1 = 0.9;
     double beta2 = 0.999;
     double eps = 1e-8;
     double weight_decay = 0.01;
+
+    bool legacy_fusion = false;
+    bool adam_w_mode = true;
+    bool torch_adam = false;
+    bool bias_correction = true;
+    bool amsgrad = false;
+    bool maximize = false;
+    bool differentiable = false;
+    bool capturable = false;
+    bool set_grad_none = true;
+    bool fp32_optimizer_states = true;
+    std::optional<bool> foreach;
+    std::optional<bool> fused;
+    double lr_decay = 0;                    // Adagrad
+    double initial_accumulator_value = 0;   // Adagrad
+    double momentum = 0;                    // SGD; Muon: 0.95
+    double dampening = 0;                   // SGD
+    bool nesterov = false;                  // SGD
+    bool eps_inside_sqrt = false;           // Lamb
+    double max_coeff = 10;                  // Lamb
+    double min_coeff = 0.01;                // Lamb
+    std::optional<double> muon_lr;          // Muon
+    std::optional<double> adam_lr;          // Muon
+    std::string ns_method = "gram";         // Muon: "gram" or "standard"
     friend bool operator==(const Optimizer&, const Optimizer&) = default;
   } optimizer;
 
@@ -53,8 +192,96 @@ struct Config {
     double warmup_max_lr = 0.001;  // where the key is left out: optimizer.params.lr
     uint64_t warmup_num_steps = 1000;
     std::string warmup_type = "log";  // "log" or "linear"
+
+    int64_t last_batch_iteration = -1;
+    std::optional<uint64_t> total_num_steps;  // WarmupDecayLR, WarmupCosineLR
+    double warmup_min_ratio = 0;              // WarmupCosineLR
+    double cos_min_ratio = 0.0001;            // WarmupCosineLR
+    // OneCycle
+    std::optional<double> cycle_min_lr;
+    std::optional<double> cycle_max_lr;
+    double decay_lr_rate = 0;
+    uint64_t cycle_first_step_size = 2000;
+    std::optional<uint64_t> cycle_second_step_size;  // nothing: as the first
+    uint64_t cycle_first_stair_count = 0;
+    std::optional<uint64_t> cycle_second_stair_count;  // nothing: as the first
+    uint64_t decay_step_size = 0;
+    bool cycle_momentum = true;
+    double cycle_min_mom = 0.8;
+    double cycle_max_mom = 0.9;
+    double decay_mom_rate = 0;
+    // LRRangeTest
+    double lr_range_test_min_lr = 1e-3;
+    uint64_t lr_range_test_step_size = 2000;
+    double lr_range_test_step_rate = 1.0;
+    bool lr_range_test_staircase = false;
     friend bool operator==(const Scheduler&, const Scheduler&) = default;
   } scheduler;
+
+  struct Aio {
+    uint64_t block_size = 1048576;  // bytes
+    uint64_t queue_depth = 8;
+    uint64_t intra_op_parallelism = 1;
+    bool single_submit = false;
+    bool overlap_events = true;
+    bool use_gds = false;
+    friend bool operator==(const Aio&, const Aio&) = default;
+  } aio;
+
+  struct Checkpoint {
+    std::string tag_validation = "Warn";  // "Warn", "Ignore", "Fail"
+    bool load_universal = false;
+    bool use_node_local_storage = false;
+    bool parallel_write_pipeline_stage = false;  // parallel_write.pipeline_stage
+    bool serialization = true;                   // checkpoint_serialization
+    // checkpoint.writer; nothing: none
+    std::optional<std::string> writer_type;  // "mock", "python", "FAST"
+    uint64_t writer_io_buffer_size = 64 << 20;
+    bool writer_io_buffer_double = true;
+    bool writer_show_statistics = false;
+    std::optional<std::string> writer_data_parallel;  // "replica", "socket", "machine"
+    bool writer_decoupled = false;
+    uint64_t writer_io_multiplier = 1;
+    friend bool operator==(const Checkpoint&, const Checkpoint&) = default;
+  } checkpoint;
+
+  struct Monitor {  // tensorboard, csv_monitor
+    bool enabled = false;
+    std::string output_path;
+    std::string job_name = "DeepSpeedJobName";
+    friend bool operator==(const Monitor&, const Monitor&) = default;
+  };
+  struct Wandb {
+    bool enabled = false;
+    std::optional<std::string> group;
+    std::optional<std::string> team;
+    std::string project = "deepspeed";
+    friend bool operator==(const Wandb&, const Wandb&) = default;
+  };
+
+  // What is logged and measured.
+  struct Logging {
+    std::optional<uint64_t> steps_per_print;  // nothing, and what Infinity becomes: never
+    bool wall_clock_breakdown = false;
+    bool memory_breakdown = false;
+    bool dump_state = false;
+    std::optional<std::string> log_level;
+    bool throughput = true;               // timers.throughput.enabled
+    bool throughput_synchronized = true;  // timers.throughput.synchronized
+    Monitor tensorboard;
+    Monitor csv_monitor;
+    Wandb wandb;
+    friend bool operator==(const Logging&, const Logging&) = default;
+  } logging;
+
+  struct Other {
+    bool zero_allow_untested_optimizer = false;
+    bool zero_force_ds_cpu_optimizer = true;
+    bool dataloader_drop_last = false;
+    bool disable_python_gc = false;
+    std::optional<uint64_t> vocabulary_size;
+    friend bool operator==(const Other&, const Other&) = default;
+  } other;
 
   // The block "zerod": what DeepSpeed has no word for.
   struct Zerod {
@@ -71,20 +298,20 @@ struct Config {
     uint64_t staging_bytes = 0;                 // node_sum, per client; 0: two of the largest unit
     std::string job;  // job id, [A-Za-z0-9._-]{1,128}; empty: ZEROD_JOB and so on
     std::string unused_parameters = "torch";   // "torch": not updated; "zero": DeepSpeed's
+    std::optional<bool> strict;  // unknown keys at the top are errors; nothing: as the door says
 
     friend bool operator==(const Zerod&, const Zerod&) = default;
   } zerod;
 
   friend bool operator==(const Config&, const Config&) = default;
 
-  // Parses and validates `json` (strict JSON, comments allowed, at most 1 MiB) for a job of `world`
-  // ranks. null is the same as leaving a served key out. INVALID_ARGUMENT lists every problem
-  // found (beyond 64 their number), one per line: path, value, what is allowed.
+  // ParseConfig (base/config_parse.h) with the default options, for a job of `world` ranks, less
+  // what it says beside the configuration.
   static absl::StatusOr<Config> Parse(absl::string_view json, uint32_t world);
 
-  // Every served key with its value, as JSON text with sorted keys: equal configurations give
+  // Every key that has a value here, as JSON text with sorted keys: equal configurations give
   // equal texts, and Parse of it for the same world gives this configuration back. "optimizer" and
-  // "scheduler" are null where their type is empty.
+  // "scheduler" are null where their type is empty, and without keys of other types.
   std::string ToJson() const;
 };
 

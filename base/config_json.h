@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// JSON text to a document, strictly, and the list of what is wrong with a configuration. Private
-// to base/.
+// The list of what is wrong with a configuration, and how its parts are shown. Private to base/.
 #pragma once
 
 #include <string>
@@ -21,6 +20,9 @@ class ConfigProblems {
   // `path` is dotted ("zero_optimization.stage") or empty for the whole text.
   void Add(absl::string_view path, absl::string_view what);
   bool empty() const { return lines_.empty(); }
+  size_t size() const { return lines_.size() + lines_left_out_; }
+  // One problem of several keys.
+  void AddFor(const std::vector<std::string>& paths, absl::string_view what);
   // True where `path`, or something within it, has a problem.
   bool Concerns(absl::string_view path) const;
   // OK, or INVALID_ARGUMENT with a line per problem, in the order of Add.
@@ -31,10 +33,6 @@ class ConfigProblems {
   std::vector<std::string> lines_;
   size_t lines_left_out_ = 0;
 };
-
-// Parses strict JSON with // and /* */ comments. Keys given twice are problems beside the document
-// that is returned; after a syntax error (with its line and column) nothing useful is.
-Json ParseStrictJson(absl::string_view text, ConfigProblems* problems);
 
 // `value` as short printable ASCII, for messages.
 std::string Abbreviated(const Json& value);

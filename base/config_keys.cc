@@ -3,8 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
-#include <set>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
@@ -15,154 +13,13 @@
 namespace zerod {
 namespace {
 
-// Whole numbers up to here are exact in JSON's doubles, and 16 bytes for each count in 64 bits.
-constexpr double kCountMax = 9007199254740992.0;  // 2^53
-// Small enough that the product of two and a world of 2^32 fits 128 bits.
-constexpr double kBatchMax = 1099511627776.0;  // 2^40
-constexpr double kSecondsMax = 1e9;            // as nanoseconds it fits 63 bits
-constexpr double kRealMax = std::numeric_limits<double>::max();
 constexpr size_t kNameBytesMax = 1024;
 constexpr size_t kJobBytesMax = 128;
 
-std::vector<ServedKey> MakeServedKeys() {
-  using C = Config;
-  return {
-      {"train_batch_size", [](C& c) -> Slot { return &c.train_batch_size; }, 1, kBatchMax},
-      {"train_micro_batch_size_per_gpu", [](C& c) -> Slot { return &c.micro_batch_size; }, 1,
-       kBatchMax},
-      {"gradient_accumulation_steps",
-       [](C& c) -> Slot { return &c.gradient_accumulation_steps; }, 1, kBatchMax},
-      {"gradient_clipping", [](C& c) -> Slot { return &c.gradient_clipping; }, -kRealMax,
-       kRealMax},
-      {"bf16.enabled", [](C& c) -> Slot { return &c.bf16; }},
-
-      {"zero_optimization.stage", [](C& c) -> Slot { return &c.zero.stage; }, 0, 3},
-      {"zero_optimization.stage3_max_live_parameters",
-       [](C& c) -> Slot { return &c.zero.max_live_parameters; }, 1, kCountMax},
-      {"zero_optimization.stage3_param_persistence_threshold",
-       [](C& c) -> Slot { return &c.zero.param_persistence_threshold; }, 0, kCountMax},
-      {"zero_optimization.stage3_prefetch_bucket_size",
-       [](C& c) -> Slot { return &c.zero.prefetch_bucket_size; }, 0, kCountMax},
-
-      {"optimizer.type", [](C& c) -> Slot { return &c.optimizer.type; }, 0, 0, false, {"AdamW"}},
-      {"optimizer.params.lr", [](C& c) -> Slot { return &c.optimizer.lr; }, 0, kRealMax},
-      {"optimizer.params.betas",
-       [](C& c) -> Slot { return Betas(&c.optimizer.beta1, &c.optimizer.beta2); }, 0, 1, true},
-      {"optimizer.params.eps", [](C& c) -> Slot { return &c.optimizer.eps; }, 0, kRealMax},
-      {"optimizer.params.weight_decay", [](C& c) -> Slot { return &c.optimizer.weight_decay; }, 0,
-       kRealMax},
-
-      {"scheduler.type", [](C& c) -> Slot { return &c.scheduler.type; }, 0, 0, false,
-       {"WarmupLR"}},
-      {"scheduler.params.warmup_min_lr", [](C& c) -> Slot { return &c.scheduler.warmup_min_lr; },
-       0, kRealMax},
-      {"scheduler.params.warmup_max_lr", [](C& c) -> Slot { return &c.scheduler.warmup_max_lr; },
-       0, kRealMax},
-      {"scheduler.params.warmup_num_steps",
-       [](C& c) -> Slot { return &c.scheduler.warmup_num_steps; }, 1, kCountMax},
-      {"scheduler.params.warmup_type", [](C& c) -> Slot { return &c.scheduler.warmup_type; }, 0, 0,
-       false, {"log", "linear"}},
-
-      {"zerod.units", [](C& c) -> Slot { return &c.zerod.units; }},
-      {"zerod.gradient_plan", [](C& c) -> Slot { return &c.zerod.gradient_plan; }, 0, 0, false,
-       {"auto", "per_rank", "node_sum"}},
-      {"zerod.guard_pages", [](C& c) -> Slot { return &c.zerod.guard_pages; }},
-      {"zerod.master_remainder", [](C& c) -> Slot { return &c.zerod.master_remainder; }},
-      {"zerod.step_timeout_seconds", [](C& c) -> Slot { return &c.zerod.step_timeout_seconds; }, 0,
-       kSecondsMax},
-      {"zerod.attach_timeout_seconds",
-       [](C& c) -> Slot { return &c.zerod.attach_timeout_seconds; }, 0.001, kSecondsMax},
-      {"zerod.linger_seconds", [](C& c) -> Slot { return &c.zerod.linger_seconds; }, 0,
-       kSecondsMax},
-      {"zerod.window_bytes_max", [](C& c) -> Slot { return &c.zerod.window_bytes_max; }, 0,
-       kCountMax},
-      {"zerod.client_state_bytes_max",
-       [](C& c) -> Slot { return &c.zerod.client_state_bytes_max; }, 1, 1 << 30},
-      {"zerod.staging_bytes", [](C& c) -> Slot { return &c.zerod.staging_bytes; }, 0, kCountMax},
-      {"zerod.job", [](C& c) -> Slot { return &c.zerod.job; }},
-      {"zerod.unused_parameters", [](C& c) -> Slot { return &c.zerod.unused_parameters; }, 0, 0,
-       false, {"torch", "zero"}},
-  };
-}
-
-using Words = std::vector<std::string>;
-
-// DeepSpeed 0.19's keys by the block that they are in. One that becomes served moves to the table
-// above.
-const Words& UnservedKeys(absl::string_view block) {
-  static const auto& words = *new std::map<std::string, Words>{  // tidy: allow (never destroyed)
-      {"",
-       {"activation_checkpointing", "aio", "autotuning", "bfloat16", "checkpoint", "comet",
-        "comms_logger", "communication_data_type", "compile", "csv_monitor", "data_efficiency",
-        "data_types", "dataloader_drop_last", "datastates_ckpt", "disable_allgather",
-        "disable_python_gc", "dump_state", "expert_parallel", "flops_profiler", "fp16",
-        "gradient_allreduce_op", "gradient_predivide_factor", "hybrid_engine", "log_level",
-        "managed_gradient_accumulation", "memory_breakdown", "monitor_config", "pipeline",
-        "prescale_gradients", "seq_parallel_communication_data_type", "steps_per_print",
-        "tensor_parallel", "tensorboard", "timers", "torch_autocast",
-        "use_data_before_expert_parallelism", "vocabulary_size", "wall_clock_breakdown", "wandb",
-        "weight_quantization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"}},
-      {"bf16",
-       {"bf16_master_weights_and_grads", "bf16_optimizer_states", "check_grad_overflow",
-        "immediate_grad_update"}},
-      {"zero_optimization",
-       {"allgather_bucket_size", "allgather_partitions", "compute_grad_norm",
-        "contiguous_gradients", "cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory",
-        "elastic_checkpoint", "enable_sanity_checks", "ignore_unused_parameters", "leaf_module",
-        "legacy_stage1", "load_from_fp32_weights", "log_trace_cache_warnings",
-        "memory_efficient_linear", "offload_optimizer", "offload_param", "overlap_comm",
-        "override_module_apply", "parameter_alignment", "pipeline_loading_checkpoint",
-        "reduce_bucket_size", "reduce_scatter", "round_robin_gradients",
-        "save_muon_momentum_buffer_in_memory", "stage3_allgather_sequential",
-        "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
-        "stage3_max_reuse_distance", "stage3_model_persistence_threshold",
-        "stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params",
-        "sub_group_size", "use_multi_rank_bucket_allreduce", "zenflow", "zero_hpz_partition_size",
-        "zero_quantized_gradients", "zero_quantized_nontrainable_weights",
-        "zero_quantized_weights"}},
-      {"optimizer", {"legacy_fusion"}},
-      {"optimizer.params",
-       {"adam_w_mode", "amsgrad", "bias_correction", "capturable", "differentiable", "foreach",
-        "fp32_optimizer_states", "fused", "max_grad_norm", "maximize", "set_grad_none",
-        "torch_adam"}},
-      {"scheduler.params", {"last_batch_iteration"}},
-      {"optimizer.type",
-       {"Adagrad", "Adam", "Lamb", "Lion", "MuAdam", "MuAdamW", "MuSGD", "Muon", "SGD"}},
-      {"scheduler.type", {"LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR"}},
-  };
-  static const Words& none = *new Words;  // tidy: allow (never destroyed)
-  const auto found = words.find(std::string(block));
-  return found == words.end() ? none : found->second;
-}
-
-// What DeepSpeed 0.19 itself refuses.
-const Words& RemovedKeys(absl::string_view block) {
-  static const Words& top = *new Words{  // tidy: allow (never destroyed)
-      "amp", "compression_training", "curriculum_learning", "eigenvalue", "elasticity",
-      "graph_harvesting", "nebula", "progressive_layer_drop", "quantize_training",
-      "sparse_attention", "sparse_gradients"};
-  static const Words& zero = *new Words{  // tidy: allow (never destroyed)
-      "mics_hierarchical_params_gather", "mics_shard_size", "zeropp_loco_param"};
-  static const Words& none = *new Words;  // tidy: allow (never destroyed)
-  return block.empty() ? top : block == "zero_optimization" ? zero : none;
-}
-
-bool Contains(const Words& words, absl::string_view word) {
-  return std::find(words.begin(), words.end(), word) != words.end();
-}
-
-std::string Quoted(const std::string& word) { return absl::StrCat("\"", word, "\""); }
-
-std::string AnyOf(const Words& words) {
-  return absl::StrJoin(words, " or ", [](std::string* out, const std::string& word) {
-    absl::StrAppend(out, Quoted(word));
-  });
-}
-
 // The names directly within `block`, blocks included, in the table's order.
-Words ServedNames(absl::string_view block) {
+Words NamesWithin(absl::string_view block) {
   Words names;
-  for (const ServedKey& key : ServedKeys()) {
+  for (const ConfigKey& key : ConfigKeys()) {
     absl::string_view path = key.path;
     if (!block.empty()) {
       if (!absl::StartsWith(path, absl::StrCat(block, "."))) continue;
@@ -174,23 +31,47 @@ Words ServedNames(absl::string_view block) {
   return names;
 }
 
-// A served key of this name in another block, or null.
-const char* ServedElsewhere(absl::string_view name) {
-  for (const ServedKey& key : ServedKeys()) {
+// The keys of this name in other blocks.
+Words KeysElsewhere(absl::string_view name) {
+  Words paths;
+  for (const ConfigKey& key : ConfigKeys()) {
     const absl::string_view path = key.path;
-    if (path == name || absl::EndsWith(path, absl::StrCat(".", name))) return key.path;
+    if (path == name || absl::EndsWith(path, absl::StrCat(".", name))) {
+      paths.emplace_back(path);
+    }
   }
-  return nullptr;
+  return paths;
+}
+
+// Whether `path`, a key or a block, has something that works or is accepted.
+bool HasServed(absl::string_view path) {
+  for (const ConfigKey& key : ConfigKeys()) {
+    if (key.served == Served::kNotYet || key.served == Served::kNever) continue;
+    if (path == key.path || absl::StartsWith(key.path, absl::StrCat(path, "."))) return true;
+  }
+  return false;
 }
 
 // Reads one value into the slot of one key.
 class Reader {
  public:
-  Reader(const ServedKey& key, const Json& value, ConfigProblems* problems)
+  Reader(const ConfigKey& key, const Json& value, ConfigProblems* problems)
       : key_(key), value_(value), problems_(problems) {}
 
   void operator()(uint64_t* out) const { ReadWhole(out); }
   void operator()(uint32_t* out) const { ReadWhole(out); }
+  void operator()(int64_t* out) const { ReadWhole(out); }
+
+  void operator()(std::optional<uint64_t>* out) const {
+    if (value_.is_number_float() && std::isinf(value_.get<double>())) {
+      *out = std::nullopt;  // "every Infinity steps": never
+    } else {
+      ReadOptional(out);
+    }
+  }
+  void operator()(std::optional<double>* out) const { ReadOptional(out); }
+  void operator()(std::optional<bool>* out) const { ReadOptional(out); }
+  void operator()(std::optional<std::string>* out) const { ReadOptional(out); }
 
   void operator()(double* out) const {
     if (!ReadReal(value_, out)) RefuseNumber("a number");
@@ -207,12 +88,36 @@ class Reader {
   }
 
   void operator()(std::string* out) const {
-    if (key_.choices.empty()) {
-      ReadJob(out);
+    if (key_.form == TextForm::kJob) return ReadJob(out);
+    if (key_.form == TextForm::kText) return ReadText(out);
+    const size_t choice = Choice();
+    if (choice < key_.choices.size()) {
+      *out = key_.choices[choice];
+    } else if (choice < key_.choices.size() + key_.later.size()) {
+      *out = key_.later[choice - key_.choices.size()];
+    }
+  }
+
+  void operator()(Words* out) const {
+    const Json list = value_.is_string() ? Json::array({value_}) : value_;
+    Words words;
+    if (!list.is_array()) return RefuseWords(value_);
+    for (const Json& word : list) {
+      if (!IsName(word)) return RefuseWords(word);
+      words.push_back(word.get<std::string>());
+    }
+    *out = std::move(words);
+  }
+
+  void operator()(std::optional<Words>* out) const {
+    if (value_ == "auto") {
+      *out = std::nullopt;
       return;
     }
-    const size_t choice = Choice();
-    if (choice < key_.choices.size()) *out = key_.choices[choice];
+    Words words;
+    const size_t before = problems_->size();
+    (*this)(&words);
+    if (problems_->size() == before) *out = std::move(words);
   }
 
   void operator()(GradientPlanChoice* out) const {
@@ -255,9 +160,23 @@ class Reader {
   }
 
  private:
+  template <class T>
+  void ReadOptional(std::optional<T>* out) const {
+    T value = {};
+    const size_t before = problems_->size();
+    (*this)(&value);
+    if (problems_->size() == before) *out = std::move(value);
+  }
+
   void Refuse(absl::string_view allowed) const {
     problems_->Add(key_.path, absl::StrCat(Abbreviated(value_), " is not allowed; it must be ",
                                            allowed));
+  }
+
+  void RefuseWords(const Json& part) const {
+    problems_->Add(key_.path, absl::StrCat(Abbreviated(part),
+                                           " is not allowed; it must be a list of strings of 1 to ",
+                                           kNameBytesMax, " bytes without control characters"));
   }
 
   void RefuseUnits(const Json& part) const {
@@ -271,7 +190,9 @@ class Reader {
   // `noun` is "a number" or "a whole number".
   void RefuseNumber(absl::string_view noun) const {
     const auto text = [](double v) { return Json(v).dump(); };
-    const auto whole = [](double v) { return std::to_string(static_cast<uint64_t>(v)); };
+    const auto whole = [](double v) {
+      return v < 0 ? absl::StrCat(static_cast<int64_t>(v)) : absl::StrCat(static_cast<uint64_t>(v));
+    };
     const bool is_whole = noun != "a number";
     const bool has_max = key_.max < kRealMax;
     if (key_.min == -kRealMax) return Refuse(noun);
@@ -295,7 +216,7 @@ class Reader {
 
   template <class T>
   void ReadWhole(T* out) const {
-    // No limit is above 2^53, so a double decides exactly what is within.
+    // No limit but the largest integer is above 2^53, so a double decides exactly what is within.
     if (value_.is_number()) {
       const double v = value_.get<double>();
       if (InRange(v) && std::trunc(v) == v) {
@@ -306,25 +227,37 @@ class Reader {
     RefuseNumber("a whole number");
   }
 
-  // The index in key_.choices, or their number after a problem. The case of an optimizer's name
-  // does not matter to DeepSpeed; that of a scheduler's does.
+  // The index in key_.choices followed by key_.later, or their number; a problem but for a choice.
   size_t Choice() const {
+    const size_t served = key_.choices.size();
+    Words all = key_.choices;
+    all.insert(all.end(), key_.later.begin(), key_.later.end());
     if (value_.is_string()) {
       const auto& word = value_.get_ref<const std::string&>();
-      const bool any_case = absl::string_view(key_.path) == "optimizer.type";
-      for (size_t i = 0; i < key_.choices.size(); ++i) {
-        if (word == key_.choices[i]) return i;
-        if (any_case && absl::EqualsIgnoreCase(word, key_.choices[i])) return i;
+      for (size_t i = 0; i < all.size(); ++i) {
+        if (word != all[i] && !(key_.any_case && absl::EqualsIgnoreCase(word, all[i]))) continue;
+        if (i >= served) {
+          problems_->Add(key_.path, absl::StrCat(Quoted(all[i]), " is not served yet; it must be ",
+                                                 AnyOf(key_.choices)));
+        }
+        return i;
       }
-      for (const std::string& unserved : UnservedKeys(key_.path)) {
-        if (word != unserved && !(any_case && absl::EqualsIgnoreCase(word, unserved))) continue;
-        problems_->Add(key_.path, absl::StrCat(Quoted(unserved), " is not served yet; it must be ",
-                                               AnyOf(key_.choices)));
-        return key_.choices.size();
+      if (const std::string nearest = NearestWord(word, all); !nearest.empty()) {
+        Refuse(absl::StrCat(AnyOf(key_.choices), "; did you mean ", Quoted(nearest), "?"));
+        return all.size();
       }
     }
     Refuse(AnyOf(key_.choices));
-    return key_.choices.size();
+    return all.size();
+  }
+
+  void ReadText(std::string* out) const {
+    const bool empty = value_.is_string() && value_.get_ref<const std::string&>().empty();
+    if (!empty && !IsName(value_)) {
+      return Refuse(absl::StrCat("a string of at most ", kNameBytesMax,
+                                 " bytes without control characters"));
+    }
+    *out = value_.get<std::string>();
   }
 
   void ReadJob(std::string* out) const {
@@ -349,13 +282,20 @@ class Reader {
            std::none_of(name.begin(), name.end(), [](char c) { return absl::ascii_iscntrl(c); });
   }
 
-  const ServedKey& key_;
+  const ConfigKey& key_;
   const Json& value_;
   ConfigProblems* problems_;
 };
 
 struct Writer {
-  const ServedKey& key;
+  const ConfigKey& key;
+  Json operator()(std::optional<Words>* words) const {
+    return words->has_value() ? Json(**words) : Json("auto");
+  }
+  template <class T>
+  Json operator()(std::optional<T>* value) const {
+    return value->has_value() ? Json(**value) : Json(nullptr);
+  }
   Json operator()(GradientPlanChoice* plan) const {
     const size_t choice = static_cast<size_t>(*plan);
     CHECK_LT(choice, key.choices.size());
@@ -370,60 +310,102 @@ struct Writer {
 
 }  // namespace
 
-const std::vector<ServedKey>& ServedKeys() {
-  static const auto& keys = *new std::vector<ServedKey>(  // tidy: allow (never destroyed)
-      MakeServedKeys());
+const std::vector<ConfigKey>& ConfigKeys() {
+  static const auto& keys = *new std::vector<ConfigKey>([] {  // tidy: allow (never destroyed)
+    std::vector<ConfigKey> all;
+    AppendTopKeys(&all);
+    AppendZeroKeys(&all);
+    AppendOptimizerKeys(&all);
+    AppendOtherKeys(&all);
+    return all;
+  }());
   return keys;
 }
 
-const ServedKey* FindServedKey(absl::string_view path) {
-  for (const ServedKey& key : ServedKeys()) {
+const ConfigKey* FindConfigKey(absl::string_view path) {
+  for (const ConfigKey& key : ConfigKeys()) {
     if (path == key.path) return &key;
   }
   return nullptr;
 }
 
-bool IsServedBlock(absl::string_view path) {
+bool IsConfigBlock(absl::string_view path) {
   const std::string prefix = absl::StrCat(path, ".");
-  return std::any_of(ServedKeys().begin(), ServedKeys().end(), [&prefix](const ServedKey& key) {
+  return std::any_of(ConfigKeys().begin(), ConfigKeys().end(), [&prefix](const ConfigKey& key) {
     return absl::StartsWith(key.path, prefix);
   });
 }
 
-void ReadKey(const ServedKey& key, const Json& value, Config* config, ConfigProblems* problems) {
-  if (value == "auto" && !Contains(key.choices, "auto")) {
-    problems->Add(key.path, kAutoIsLater);
-    return;
-  }
+void ReadKey(const ConfigKey& key, const Json& value, Config* config, ConfigProblems* problems) {
   std::visit(Reader(key, value, problems), key.slot(*config));
 }
 
-Json WriteKey(const ServedKey& key, Config& config) {
+Json WriteKey(const ConfigKey& key, Config& config) {
+  CHECK(key.slot != nullptr);
   return std::visit(Writer{key}, key.slot(config));
 }
 
-void RefuseKey(absl::string_view block, const std::string& key, ConfigProblems* problems) {
-  const std::string path = JoinPath(block, key);
-  const Words& unserved = UnservedKeys(block);
-  if (Contains(unserved, key)) return problems->Add(path, "is not served yet; leave it out");
-  if (Contains(RemovedKeys(block), key)) {
-    return problems->Add(path, "was removed from DeepSpeed and is not served; leave it out");
+const Json& DefaultOf(const ConfigKey& key) {
+  static const auto& defaults = *new std::map<std::string, Json>([] {  // tidy: allow (never destroyed)
+    std::map<std::string, Json> all;
+    Config config;
+    for (const ConfigKey& each : ConfigKeys()) {
+      if (each.slot != nullptr) all.emplace(each.path, WriteKey(each, config));
+    }
+    return all;
+  }());
+  return defaults.at(key.path);
+}
+
+bool IsOfType(const ConfigKey& key, const Config& config) {
+  if (key.types.empty()) return true;
+  const bool scheduler = absl::StartsWith(key.path, "scheduler.");
+  return Contains(key.types, scheduler ? config.scheduler.type : config.optimizer.type);
+}
+
+bool IsGatedOff(const ConfigKey& key, const Config& config) {
+  return key.gate != nullptr && !key.gate->on(config);
+}
+
+bool IsOff(const Json& value) {
+  if (value.is_null() || value == false || value == 0 || value == "") return true;
+  if (!value.is_structured()) return false;
+  if (value.is_object() && value.contains("enabled")) return IsOff(value["enabled"]);
+  return std::all_of(value.begin(), value.end(), IsOff);
+}
+
+std::string AdviceForUnknownKey(absl::string_view block, const std::string& key) {
+  const Words elsewhere = KeysElsewhere(key);
+  if (!elsewhere.empty() && elsewhere.size() <= 3) {
+    return absl::StrCat("is not a key here; did you mean ", absl::StrJoin(elsewhere, " or "), "?");
   }
-  if (const char* elsewhere = ServedElsewhere(key)) {
-    return problems->Add(path, absl::StrCat("is not a key here; did you mean ", elsewhere, "?"));
-  }
-  Words known = ServedNames(block);
-  const std::string served = absl::StrJoin(known, ", ");
-  known.insert(known.end(), unserved.begin(), unserved.end());
+  const Words known = NamesWithin(block);
   const std::string nearest = NearestWord(key, known);
   if (nearest.empty()) {
-    problems->Add(path, absl::StrCat("is not a known key; the keys here are ", served));
-  } else if (Contains(unserved, nearest)) {
-    problems->Add(path, absl::StrCat("is not a known key; the nearest is ", Quoted(nearest),
-                                     ", which is not served yet"));
-  } else {
-    problems->Add(path, absl::StrCat("is not a known key; did you mean ", Quoted(nearest), "?"));
+    Words served;
+    for (const std::string& name : known) {
+      if (HasServed(JoinPath(block, name))) served.push_back(name);
+    }
+    return absl::StrCat("is not a known key; the keys here are ",
+                        absl::StrJoin(served.empty() ? known : served, ", "));
   }
+  if (HasServed(JoinPath(block, nearest))) {
+    return absl::StrCat("is not a known key; did you mean ", Quoted(nearest), "?");
+  }
+  return absl::StrCat("is not a known key; the nearest is ", Quoted(nearest),
+                      ", which is not served");
+}
+
+std::string Quoted(const std::string& word) { return absl::StrCat("\"", word, "\""); }
+
+std::string AnyOf(const Words& words) {
+  return absl::StrJoin(words, " or ", [](std::string* out, const std::string& word) {
+    absl::StrAppend(out, Quoted(word));
+  });
+}
+
+bool Contains(const Words& words, absl::string_view word) {
+  return std::find(words.begin(), words.end(), word) != words.end();
 }
 
 }  // namespace zerod

@@ -15,6 +15,7 @@ namespace zerod {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 // A configuration of `members` beside a batch size, so that nothing else is wrong with it.
 std::string With(absl::string_view members) {
@@ -45,7 +46,7 @@ TEST(ConfigTest, DefaultsAreDeepSpeeds) {
   EXPECT_EQ(config.zero.stage, 0u);
 }
 
-TEST(ConfigTest, ReadsEveryKey) {
+TEST(ConfigTest, ReadsEveryKeyThatWorks) {
   const Config c = Good(R"({
     // both kinds of comment are fine
     "train_batch_size": 48, "train_micro_batch_size_per_gpu": 4, /* per rank */
@@ -58,23 +59,34 @@ TEST(ConfigTest, ReadsEveryKey) {
     "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 1e-5, "warmup_max_lr": 2e-4,
       "warmup_num_steps": 10, "warmup_type": "linear"}},
     "zerod": {"units": {"h.0": "first", "h.1": "first"}, "gradient_plan": "node_sum",
-      "guard_pages": false, "master_remainder": true, "step_timeout_seconds": 1.5,
+      "guard_pages": false, "step_timeout_seconds": 1.5,
       "attach_timeout_seconds": 20, "linger_seconds": 0, "window_bytes_max": 1048576,
       "client_state_bytes_max": 4096, "staging_bytes": 65536, "job": "run-7.a_b",
-      "unused_parameters": "zero"}})", 4);
+      "unused_parameters": "zero", "strict": true}})", 4);
   Config e;
   e.train_batch_size = 48;
   e.micro_batch_size = 4;
   e.gradient_accumulation_steps = 3;
   e.gradient_clipping = 0.5;
   e.bf16 = true;
-  e.zero = {3, 200000000, 10000, 0};
-  e.optimizer = {"AdamW", 3e-4, 0.8, 0.95, 1e-6, 0.1};
-  e.scheduler = {"WarmupLR", 1e-5, 2e-4, 10, "linear"};
+  e.zero.stage = 3;
+  e.zero.max_live_parameters = 200000000;
+  e.zero.param_persistence_threshold = 10000;
+  e.zero.prefetch_bucket_size = 0;
+  e.optimizer.type = "AdamW";
+  e.optimizer.lr = 3e-4;
+  e.optimizer.beta1 = 0.8;
+  e.optimizer.beta2 = 0.95;
+  e.optimizer.eps = 1e-6;
+  e.optimizer.weight_decay = 0.1;
+  e.scheduler.type = "WarmupLR";
+  e.scheduler.warmup_min_lr = 1e-5;
+  e.scheduler.warmup_max_lr = 2e-4;
+  e.scheduler.warmup_num_steps = 10;
+  e.scheduler.warmup_type = "linear";
   e.zerod.units = {{"h.0", "first"}, {"h.1", "first"}};
   e.zerod.gradient_plan = GradientPlanChoice::kNodeSum;
   e.zerod.guard_pages = false;
-  e.zerod.master_remainder = true;
   e.zerod.step_timeout_seconds = 1.5;
   e.zerod.attach_timeout_seconds = 20;
   e.zerod.linger_seconds = 0;
@@ -83,6 +95,7 @@ TEST(ConfigTest, ReadsEveryKey) {
   e.zerod.staging_bytes = 65536;
   e.zerod.job = "run-7.a_b";
   e.zerod.unused_parameters = "zero";
+  e.zerod.strict = true;
   EXPECT_EQ(c, e) << c.ToJson();
   EXPECT_EQ(*Config::Parse(c.ToJson(), 4), c);
 }
@@ -97,10 +110,10 @@ TEST(ConfigTest, AcceptedValues) {
       {R"("gradient_clipping": -1)", R"("gradient_clipping":0.0)"},
       {R"("gradient_clipping": -0.0)", R"("gradient_clipping":0.0)"},
       {R"("gradient_clipping": null)", R"("gradient_clipping":1.0)"},
-      {R"("bf16": {})", R"("bf16":{"enabled":false})"},
-      {R"("bf16": null)", R"("bf16":{"enabled":false})"},
-      {R"("bf16": {"enabled": 1})", R"("bf16":{"enabled":true})"},
-      {R"("bf16": {"enabled": 0})", R"("bf16":{"enabled":false})"},
+      {R"("bf16": {})", R"("enabled":false,"immediate_grad_update")"},
+      {R"("bf16": null)", R"("enabled":false,"immediate_grad_update")"},
+      {R"("bf16": {"enabled": 1})", R"("enabled":true,"immediate_grad_update")"},
+      {R"("bf16": {"enabled": 0})", R"("enabled":false,"immediate_grad_update")"},
       {R"("zero_optimization": {"stage": 2.0})", R"("stage":2,)"},
       {R"("zero_optimization": {"stage": null})", R"("stage":0,)"},
       {R"("zero_optimization": {"stage3_max_live_parameters": 9007199254740992})",
@@ -168,7 +181,7 @@ const struct {
      R"(optimizer.type: "Adam" is not served yet; it must be "AdamW")"},
     {R"("optimizer": {"type": "lion"})", R"(optimizer.type: "Lion" is not served yet)"},
     {R"("optimizer": {"type": "AdamV"})",
-     R"(optimizer.type: "AdamV" is not allowed; it must be "AdamW")"},
+     R"(optimizer.type: "AdamV" is not allowed; it must be "AdamW"; did you mean "AdamW"?)"},
     {R"("optimizer": {"type": ""})", R"(optimizer.type: "" is not allowed)"},
     {R"("optimizer": {"type": 3})", "optimizer.type: 3 is not allowed"},
     {R"("optimizer": {"params": {"lr": 1}})", "optimizer.type: is missing"},
@@ -187,7 +200,7 @@ const struct {
     {R"("optimizer": {"type": "AdamW", "params": {"betas": [0.9, "x"]}})", "betas: [0.9,\"x\"]"},
     {R"("optimizer": {"type": "AdamW", "params": {"eps": -1}})", "params.eps: -1"},
     {R"("optimizer": {"type": "AdamW", "params": {"weight_decay": -1}})", "weight_decay: -1"},
-    {R"("scheduler": {"type": "WarmupDecayLR"})",
+    {R"("scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 9000}})",
      R"(scheduler.type: "WarmupDecayLR" is not served yet; it must be "WarmupLR")"},
     {R"("scheduler": {"type": "warmuplr"})", R"(scheduler.type: "warmuplr" is not allowed)"},
     {R"("scheduler": {"params": {}})", "scheduler.type: is missing"},
@@ -242,39 +255,36 @@ TEST(ConfigTest, RefusedKeys) {
     const char* members;
     const char* line;
   } cases[] = {
-      {R"("fp16": {"enabled": false})", "fp16: is not served yet; leave it out"},
-      {R"("steps_per_print": null)", "steps_per_print: is not served yet; leave it out"},
-      {R"("zero_optimization": {"offload_optimizer": {"device": "cpu"}})",
-       "zero_optimization.offload_optimizer: is not served yet; leave it out"},
-      {R"("bf16": {"check_grad_overflow": true})",
-       "bf16.check_grad_overflow: is not served yet; leave it out"},
-      {R"("optimizer": {"type": "AdamW", "params": {"amsgrad": true}})",
-       "optimizer.params.amsgrad: is not served yet; leave it out"},
-      {R"("amp": {"enabled": false})",
-       "amp: was removed from DeepSpeed and is not served; leave it out"},
-      {R"("zero_optimization": {"mics_shard_size": 1})",
-       "zero_optimization.mics_shard_size: was removed from DeepSpeed and is not served; leave it "
-       "out"},
       {R"("zero_optimisation": {})",
        R"(zero_optimisation: is not a known key; did you mean "zero_optimization"?)"},
       {R"("zero_optimization": {"stge": 1})",
        R"(zero_optimization.stge: is not a known key; did you mean "stage"?)"},
-      {R"("zero_optimization": {"max_live_parameters": 1})",
-       R"(zero_optimization.max_live_parameters: is not a known key; )"
+      {R"("zero_optimization": {"stage3_max_liv_params": 1})",
+       R"(zero_optimization.stage3_max_liv_params: is not a known key; )"
        R"(did you mean "stage3_max_live_parameters"?)"},
       {R"("wall_clock_brakdown": true)",
        R"(wall_clock_brakdown: is not a known key; )"
-       R"(the nearest is "wall_clock_breakdown", which is not served yet)"},
+       R"(the nearest is "wall_clock_breakdown", which is not served)"},
       {R"("stage": 3)", "stage: is not a key here; did you mean zero_optimization.stage?"},
       {R"("optimizer": {"type": "AdamW", "lr": 1})",
        "optimizer.lr: is not a key here; did you mean optimizer.params.lr?"},
+      {R"("pin_memory": true)",
+       "pin_memory: is not a key here; did you mean zero_optimization.offload_param.pin_memory "
+       "or zero_optimization.offload_optimizer.pin_memory?"},
+      // In many old examples.
+      {R"("zero_optimization": {"stage": 2, "offload_optimizer":
+           {"device": "cpu", "buffer_size": 4e8}})",
+       "zero_optimization.offload_optimizer.buffer_size: is not a key here; did you mean "
+       "zero_optimization.offload_param.buffer_size?"},
+      {R"("fp16": {"enabled": false, "loss_scale_windw": 1})",
+       R"(fp16.loss_scale_windw: is not a known key; the nearest is "loss_scale_window", which is )"
+       "not served"},
+      {R"("aio": {"blok_size": 1})",
+       R"(aio.blok_size: is not a known key; the nearest is "block_size", which is not served)"},
       {R"("bf16": {"qqqqqqqq": 1})",
        "bf16.qqqqqqqq: is not a known key; the keys here are enabled"},
       {R"("optimizer.type": "AdamW")",
        R"("optimizer.type": is not a key here; did you mean optimizer.type?)"},
-      {R"("": 1)", R"("": is not a known key; the keys here are train_batch_size, )"
-                   "train_micro_batch_size_per_gpu, gradient_accumulation_steps, "
-                   "gradient_clipping, bf16, zero_optimization, optimizer, scheduler, zerod"},
       {R"("gradient_clipping": 1, "gradient_clipping": 1)",
        "gradient_clipping: is given more than once; keep one"},
       {R"("zerod": {"units": {"a": "x", "a": "y"}})",
@@ -285,22 +295,10 @@ TEST(ConfigTest, RefusedKeys) {
     ASSERT_EQ(problems.size(), 1u) << c.members << "\n" << testing::PrintToString(problems);
     EXPECT_EQ(problems[0], c.line);
   }
-}
-
-TEST(ConfigTest, AutoIsLeftToTheIntegrations) {
-  for (const char* members :
-       {R"("gradient_clipping": "auto")", R"("bf16": {"enabled": "auto"})", R"("bf16": "auto")",
-        R"("zero_optimization": {"stage3_prefetch_bucket_size": "auto"})",
-        R"("optimizer": {"type": "auto"})",
-        R"("optimizer": {"type": "AdamW", "params": {"betas": "auto"}})",
-        R"("zerod": {"job": "auto"})"}) {
-    const std::vector<std::string> problems = Problems(With(members));
-    ASSERT_EQ(problems.size(), 1u) << members << testing::PrintToString(problems);
-    EXPECT_THAT(problems[0], HasSubstr("\"auto\" is resolved by the integrations")) << members;
-  }
-  const std::vector<std::string> problems =
-      Problems(R"({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto"})");
-  EXPECT_EQ(problems.size(), 2u) << testing::PrintToString(problems);
+  const std::vector<std::string> problems = Problems(With(R"("": 1)"));
+  ASSERT_EQ(problems.size(), 1u);
+  EXPECT_THAT(problems[0], HasSubstr(R"("": is not a known key; the keys here are train_batch_)"));
+  EXPECT_THAT(problems[0], Not(HasSubstr("pipeline"))) << "only what works is offered";
 }
 
 TEST(ConfigTest, BatchTriangle) {
@@ -364,42 +362,9 @@ TEST(ConfigTest, BatchTriangleRefusals) {
   }
 }
 
-TEST(ConfigTest, SyntaxErrorsNameThePlace) {
-  const struct {
-    std::string json;
-    const char* says;
-  } cases[] = {
-      {"", "is empty"},
-      {" \n ", "is empty"},
-      {"[]", "the configuration is []; it must be a JSON object"},
-      {"null", "the configuration is null; it must be a JSON object"},
-      {"3", "it must be a JSON object"},
-      {"{\n \"train_batch_size\": 8,\n}", "at line 3, column 1"},
-      {"{\"train_batch_size\": 8", "at line 1, column 23"},
-      {"{\"train_batch_size\": 8} x", "not valid JSON"},
-      {"{train_batch_size: 8}", "not valid JSON"},
-      {"{'train_batch_size': 8}", "not valid JSON"},
-      {"{\"gradient_clipping\": NaN}", "not valid JSON"},
-      {"{\"gradient_clipping\": 1e999}", "1e999"},
-      {"{\"gradient_clipping\": -Infinity}", "not valid JSON"},
-      {"{\"\xff\": 1}", "not valid JSON"},
-      {std::string("{\0}", 3), "not valid JSON"},
-      {"# a shell's comment\n{}", "not valid JSON"},
-      {std::string(100000, '['), "nested more than 32 levels"},
-      {"{\"a\":" + std::string(100000, '['), "nested more than 32 levels"},
-      {std::string(2 << 20, ' '), "has 2097152 bytes; at most 1048576 are allowed"},
-  };
-  for (const auto& c : cases) {
-    const std::vector<std::string> problems = Problems(c.json);
-    const std::string shown = c.json.substr(0, 80);
-    ASSERT_EQ(problems.size(), 1u) << shown << "\n" << testing::PrintToString(problems);
-    EXPECT_THAT(problems[0], HasSubstr(c.says)) << shown;
-  }
-}
-
 TEST(ConfigTest, AllProblemsAreReportedAtOnce) {
   const std::vector<std::string> problems = Problems(R"({
-    "gradient_clipping": "x", "fp16": {}, "bf16": {"enabeld": 1},
+    "gradient_clipping": "x", "fp16": {"enabled": true}, "bf16": {"enabeld": 1},
     "zero_optimization": {"stage": 4, "stage": 4, "stage3_max_live_parameters": 0},
     "optimizer": {"type": "Adam", "params": {"lr": -1, "betas": []}},
     "zerod": {"job": "?"}})");

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "base/config_parse.h"
+
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_replace.h"
+#include "base/config_state.h"
+#include "base/hjson.h"
+
+namespace zerod {
+namespace {
+
+constexpr size_t kWarningsMax = 64;
+
+// A key that has no slot: it can be switched off, or left out.
+void ReadSwitch(const ConfigKey& key, const Json& value, ParseState* state) {
+  if (value.is_null()) return;
+  const bool off = IsOff(value) || (key.also != nullptr && value == Json::parse(key.also));
+  const char* const state_text = key.served == Served::kNotYet ? "not served yet" : "not served";
+  if (off) {
+    state->Warn(key.path, absl::StrCat("is ", state_text, " and is off here; leave it out"));
+  } else {
+    state->problems.Add(key.path,
+                        absl::StrCat("is ", state_text, ": ", key.note, "; leave it out"));
+  }
+}
+
+// Reads the keys of one block and of the blocks within; how deep is bounded by the table.
+void ReadBlock(const Json& object, const std::string& block, bool strict, ParseState* state) {
+  for (const auto& [name, value] : object.items()) {
+    const std::string path = JoinPath(block, name);
+    const ConfigKey* const key = FindConfigKey(path);
+    if (key != nullptr && key->slot == nullptr) {
+      ReadSwitch(*key, value, state);
+    } else if (key != nullptr) {
+      if (value.is_null()) continue;
+      state->given.insert(path);
+      if (state->parsed.sources[path].kind == ValueSource::kDefault) {
+        state->SetSource(path, ValueSource::kFile);
+      }
+      ReadKey(*key, value, &state->parsed.config, &state->problems);
+    } else if (IsConfigBlock(path)) {
+      if (value.is_object()) {
+        ReadBlock(value, path, strict, state);
+      } else if (!value.is_null()) {
+        state->problems.Add(path, Abbreviated(value) + " is not allowed; it must be an object");
+      }
+    } else if (block.empty() && !strict) {
+      state->Warn(path, absl::StrCat(AdviceForUnknownKey(block, name), " It has no effect"));
+    } else {
+      state->problems.Add(path, AdviceForUnknownKey(block, name));
+    }
+  }
+}
+
+// Whether unknown keys at the top are errors.
+bool IsStrict(const ParseState& state) {
+  const Json& strict = ValueAt(state.document, "zerod.strict");
+  if (strict.is_boolean()) return strict.get<bool>();
+  return !state.options.unknown_top_keys_are_warnings;
+}
+
+// Every key that ToJson writes has a source, and no other.
+void CompleteSources(ParsedConfig* parsed) {
+  std::map<std::string, ValueSource> sources;
+  for (const ConfigKey& key : ConfigKeys()) {
+    if (key.slot == nullptr || !IsOfType(key, parsed->config)) continue;
+    sources[key.path] = std::move(parsed->sources[key.path]);
+  }
+  parsed->sources = std::move(sources);
+}
+
+}  // namespace
+
+void ParseState::Warn(absl::string_view path, absl::string_view what) {
+  if (parsed.warnings.size() == kWarningsMax) return;
+  parsed.warnings.push_back(absl::StrCat(path, ": ", what));
+}
+
+void ParseState::SetSource(absl::string_view path, ValueSource::Kind kind, std::string detail) {
+  parsed.sources[std::string(path)] = ValueSource{kind, std::move(detail)};
+}
+
+Json::json_pointer Pointer(absl::string_view path) {
+  if (path.empty()) return Json::json_pointer();
+  return Json::json_pointer(absl::StrCat("/", absl::StrReplaceAll(path, {{".", "/"}})));
+}
+
+const Json& ValueAt(const Json& document, absl::string_view path) {
+  static const Json& nothing = *new Json(nullptr);  // tidy: allow (never destroyed)
+  const Json::json_pointer pointer = Pointer(path);
+  return document.contains(pointer) ? document.at(pointer) : nothing;
+}
+
+absl::StatusOr<ParsedConfig> ParseConfig(absl::string_view text, const ParseOptions& options) {
+  ParseState state(options);
+  state.document = ParseHjson(text, &state.problems);
+  if (!state.problems.empty() && state.document.is_null()) return state.problems.ToStatus();
+  if (!state.document.is_object()) {
+    state.problems.Add("", absl::StrCat("the configuration is ", Abbreviated(state.document),
+                                        "; it must be a JSON object"));
+    return state.problems.ToStatus();
+  }
+  ApplyAliases(&state);
+  ResolveAuto(&state);
+  ReadBlock(state.document, "", IsStrict(state), &state);
+  CheckRules(&state);
+  CheckServed(&state);
+  if (!state.problems.empty()) return state.problems.ToStatus();
+  CompleteSources(&state.parsed);
+  return std::move(state.parsed);
+}
+
+}  // namespace zerod

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The table's keys at the top, of precision and of communication.
+#include "base/config_keys.h"
+
+namespace zerod {
+namespace {
+
+using C = Config;
+
+// Small enough that the product of two and a world of 2^32 fits 128 bits.
+constexpr double kBatchMax = 1099511627776.0;  // 2^40
+
+const Gate* Bf16Gate() {
+  static const Gate& gate = *new Gate{  // tidy: allow (never destroyed)
+      "bf16.enabled", {"bf16.enabled"}, [](const C& c) { return c.bf16; }};
+  return &gate;
+}
+
+const Gate* Fp16Gate() {
+  static const Gate& gate = *new Gate{  // tidy: allow (never destroyed)
+      "fp16.enabled", {"fp16.enabled"}, [](const C& c) { return c.fp16.enabled; }};
+  return &gate;
+}
+
+const Gate* DynamicScaleGate() {
+  static const Gate& gate = *new Gate{  // tidy: allow (never destroyed)
+      "fp16.enabled with fp16.loss_scale 0", {"fp16.enabled", "fp16.loss_scale"},
+      [](const C& c) { return c.fp16.enabled && c.fp16.loss_scale == 0; }};
+  return &gate;
+}
+
+const Gate* AutocastGate() {
+  static const Gate& gate = *new Gate{  // tidy: allow (never destroyed)
+      "torch_autocast.enabled", {"torch_autocast.enabled"},
+      [](const C& c) { return c.data_types.autocast; }};
+  return &gate;
+}
+
+constexpr char kFp16Later[] = "fp16 and loss scaling come later; bf16 and fp32 are served";
+
+Words DataTypeNames() {
+  return {"fp32", "fp16", "bf16", "float32", "float16", "bfloat16", "float", "half"};
+}
+
+// The address of a member, as a function of the configuration.
+#define SLOT(member) [](C& c) -> Slot { return &c.member; }
+
+void AppendBatchKeys(std::vector<ConfigKey>* keys) {
+  const std::vector<ConfigKey> batch = {
+      {.path = "train_batch_size",
+       .note = "micro batch x accumulation steps x ranks; what is left out follows from the rest",
+       .slot = SLOT(train_batch_size), .min = 1, .max = kBatchMax},
+      {.path = "train_micro_batch_size_per_gpu", .note = "per rank, whatever the device",
+       .slot = SLOT(micro_batch_size), .min = 1, .max = kBatchMax},
+      {.path = "gradient_accumulation_steps", .note = "micro-steps per optimizer step",
+       .slot = SLOT(gradient_accumulation_steps), .min = 1, .max = kBatchMax},
+      {.path = "gradient_clipping",
+       .note = "largest L2 norm of the mean gradient; 0 or less: none. 1.0 is DeepSpeed 0.19's "
+               "default too",
+       .slot = SLOT(gradient_clipping), .min = -kRealMax, .max = kRealMax},
+  };
+  keys->insert(keys->end(), batch.begin(), batch.end());
+}
+
+void AppendBf16Keys(std::vector<ConfigKey>* keys) {
+  const std::vector<ConfigKey> bf16 = {
+      {.path = "bf16.enabled", .note = "bfloat16 parameters and gradients, fp32 master and moments",
+       .slot = SLOT(bf16)},
+      {.path = "bf16.immediate_grad_update", .served = Served::kNotYet,
+       .note = "gradients are handed over as they are complete, and summed at the step",
+       .slot = SLOT(bf16_options.immediate_grad_update), .gate = Bf16Gate()},
+      {.path = "bf16.check_grad_overflow", .served = Served::kNotYet,
+       .note = "a step whose gradient is not finite is skipped always",
+       .slot = SLOT(bf16_options.check_grad_overflow), .gate = Bf16Gate()},
+      {.path = "bf16.bf16_master_weights_and_grads", .served = Served::kNotYet,
+       .note = "the master copy is fp32", .slot = SLOT(bf16_options.master_weights_and_grads),
+       .gate = Bf16Gate()},
+      {.path = "bf16.bf16_optimizer_states", .served = Served::kNotYet, .note = "moments are fp32",
+       .slot = SLOT(bf16_options.optimizer_states), .gate = Bf16Gate()},
+  };
+  keys->insert(keys->end(), bf16.begin(), bf16.end());
+}
+
+void AppendFp16Keys(std::vector<ConfigKey>* keys) {
+  const std::vector<ConfigKey> fp16 = {
+      {.path = "fp16.enabled", .served = Served::kNotYet, .note = kFp16Later,
+       .slot = SLOT(fp16.enabled)},
+      {.path = "fp16.auto_cast", .served = Served::kNotYet, .note = kFp16Later,
+       .slot = SLOT(fp16.auto_cast), .gate = Fp16Gate()},
+      {.path = "fp16.loss_scale", .served = Served::kNotYet, .note = kFp16Later,
+       .slot = SLOT(fp16.loss_scale), .min = 0, .max = kRealMax, .gate = Fp16Gate()},
+      {.path = "fp16.initial_scale_power", .served = Served::kNotYet, .note = kFp16Later,
+       .slot = SLOT(fp16.initial_scale_power), .min = -126, .max = 127, .gate = DynamicScaleGate()},
+      {.path = "fp16.loss_scale_window", .served = Served::kNotYet, .note = kFp16Later,
+       .slot = SLOT(fp16.loss_scale_window), .min = 1, .max = kCountMax,
+       .gate = DynamicScaleGate()},
+      // DeepSpeed takes 0 and then never lowers the scale: every step is skipped for ever.
+      {.path = "fp16.hysteresis", .served = Served::kNotYet, .note = kFp16Later,
+       .slot = SLOT(fp16.hysteresis), .min = 1, .max = kCountMax, .gate = DynamicScaleGate()},
+      {.path = "fp16.consecutive_hysteresis", .served = Served::kNotYet, .note = kFp16Later,
+       .slot = SLOT(fp16.consecutive_hysteresis), .gate = DynamicScaleGate()},
+      {.path = "fp16.min_loss_scale", .served = Served::kNotYet, .note = kFp16Later,
+       .slot = SLOT(fp16.min_loss_scale), .min = 1, .max = kCountMax, .gate = DynamicScaleGate()},
+      {.path = "fp16.fp16_master_weights_and_grads", .served = Served::kNotYet, .note = kFp16Later,
+       .slot = SLOT(fp16.master_weights_and_grads), .gate = Fp16Gate()},
+  };
+  keys->insert(keys->end(), fp16.begin(), fp16.end());
+}
+
+void AppendDataTypeKeys(std::vector<ConfigKey>* keys) {
+  static constexpr char kAutocastLater[] = "torch.autocast around the engine's call works";
+  const std::vector<ConfigKey> types = {
+      {.path = "data_types.grad_accum_dtype", .served = Served::kNotYet,
+       .note = "the type that gradients are accumulated in cannot be chosen yet",
+       .slot = SLOT(data_types.grad_accum_dtype), .choices = DataTypeNames(), .any_case = true},
+      {.path = "data_types.param_dtype", .served = Served::kNotYet,
+       .note = "bf16.enabled chooses the parameters' type",
+       .slot = SLOT(data_types.param_dtype), .choices = DataTypeNames(), .any_case = true},
+      {.path = "data_types.buffer_dtype", .served = Served::kNotYet,
+       .note = "buffers keep their type", .slot = SLOT(data_types.buffer_dtype),
+       .choices = DataTypeNames(), .any_case = true},
+      {.path = "data_types.keep_in_fp32_modules", .served = Served::kNotYet,
+       .note = "a job has parameters of one type", .slot = SLOT(data_types.keep_in_fp32_modules),
+       .choices = {"auto"}},
+      {.path = "torch_autocast.enabled", .served = Served::kNotYet, .note = kAutocastLater,
+       .slot = SLOT(data_types.autocast)},
+      {.path = "torch_autocast.dtype", .served = Served::kNotYet, .note = kAutocastLater,
+       .slot = SLOT(data_types.autocast_dtype), .choices = DataTypeNames(), .any_case = true,
+       .gate = AutocastGate()},
+      {.path = "torch_autocast.lower_precision_safe_modules", .served = Served::kNotYet,
+       .note = kAutocastLater, .slot = SLOT(data_types.lower_precision_safe_modules),
+       .gate = AutocastGate()},
+  };
+  keys->insert(keys->end(), types.begin(), types.end());
+}
+
+void AppendCommunicationKeys(std::vector<ConfigKey>* keys) {
+  const std::vector<ConfigKey> communication = {
+      {.path = "communication_data_type", .served = Served::kNotYet,
+       .note = "gradients travel in the parameters' type and are summed in fp32",
+       .slot = SLOT(communication.data_type), .choices = {"fp32", "fp16", "bf16"},
+       .any_case = true},
+      {.path = "seq_parallel_communication_data_type", .served = Served::kNever,
+       .note = "there is no sequence parallelism",
+       .slot = SLOT(communication.seq_parallel_data_type),
+       .choices = {"fp32", "fp16", "bf16"}, .any_case = true},
+      {.path = "prescale_gradients", .served = Served::kNotYet,
+       .note = "gradients are summed in fp32 and divided then",
+       .slot = SLOT(communication.prescale_gradients)},
+      {.path = "gradient_predivide_factor", .served = Served::kNotYet,
+       .note = "gradients are summed in fp32 and divided then",
+       .slot = SLOT(communication.gradient_predivide_factor), .min = 1e-30, .max = kRealMax},
+      {.path = "gradient_allreduce_op", .served = Served::kNotYet,
+       .note = "the mean over the ranks is taken",
+       .slot = SLOT(communication.gradient_allreduce_op), .choices = {"mean", "sum"}},
+      {.path = "managed_gradient_accumulation", .served = Served::kNotYet,
+       .note = "step() acts at the boundary; engine.set_gradient_accumulation_boundary moves it",
+       .slot = SLOT(communication.managed_gradient_accumulation)},
+      {.path = "disable_allgather", .served = Served::kNoMeaning,
+       .note = "shards go from their owner to those who want them, with no collective to disable",
+       .slot = SLOT(communication.disable_allgather)},
+  };
+  keys->insert(keys->end(), communication.begin(), communication.end());
+}
+
+}  // namespace
+
+void AppendTopKeys(std::vector<ConfigKey>* keys) {
+  AppendBatchKeys(keys);
+  AppendBf16Keys(keys);
+  AppendFp16Keys(keys);
+  AppendDataTypeKeys(keys);
+  AppendCommunicationKeys(keys);
+}
+
+}  // namespace zerod

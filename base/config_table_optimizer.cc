@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The table's keys of "optimizer" and "scheduler".
+#include "base/config_keys.h"
+
+namespace zerod {
+namespace {
+
+using C = Config;
+
+constexpr char kOptimizerLater[] = "other optimizers than AdamW come later";
+constexpr char kSchedulerLater[] = "other schedulers than WarmupLR come later";
+
+const Words& Adams() {
+  static const Words& types = *new Words{"AdamW", "Adam"};  // tidy: allow (never destroyed)
+  return types;
+}
+
+Words With(Words types, const Words& more) {
+  types.insert(types.end(), more.begin(), more.end());
+  return types;
+}
+
+#define SLOT(member) [](C& c) -> Slot { return &c.member; }
+
+void AppendAdamKeys(std::vector<ConfigKey>* keys) {
+  const std::vector<ConfigKey> adam = {
+      {.path = "optimizer.type",
+       .note = "AdamW, or leave out \"optimizer\" and pass a torch.optim.AdamW",
+       .slot = SLOT(optimizer.type), .choices = {"AdamW"},
+       .later = {"Adam", "Lion", "Adagrad", "SGD", "Lamb", "Muon", "MuAdam", "MuAdamW", "MuSGD",
+                 "RMSprop", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop"},
+       .any_case = true},
+      {.path = "optimizer.legacy_fusion", .served = Served::kNoMeaning,
+       .note = "it chooses among DeepSpeed's fp16 wrappers", .slot = SLOT(optimizer.legacy_fusion)},
+      {.path = "optimizer.params.lr", .slot = SLOT(optimizer.lr), .min = 0, .max = kRealMax},
+      {.path = "optimizer.params.betas",
+       .slot = [](C& c) -> Slot { return Betas(&c.optimizer.beta1, &c.optimizer.beta2); },
+       .min = 0, .max = 1, .max_excluded = true,
+       .types = With(Adams(), {"Lion", "Lamb", "Muon"})},
+      {.path = "optimizer.params.eps", .note = "outside of the square root",
+       .slot = SLOT(optimizer.eps), .min = 0, .max = kRealMax,
+       .types = With(Adams(), {"Lamb", "Adagrad", "Muon"})},
+      {.path = "optimizer.params.weight_decay",
+       .note = "decoupled. Default 0.01, that of torch.optim.AdamW; DeepSpeed's own classes have 0",
+       .slot = SLOT(optimizer.weight_decay), .min = 0, .max = kRealMax},
+      {.path = "optimizer.params.adam_w_mode", .served = Served::kNotYet,
+       .note = "weight decay is decoupled", .slot = SLOT(optimizer.adam_w_mode), .types = Adams()},
+      {.path = "optimizer.params.bias_correction", .served = Served::kNotYet,
+       .note = "the bias is corrected", .slot = SLOT(optimizer.bias_correction),
+       .types = With(Adams(), {"Lamb"})},
+      {.path = "optimizer.params.torch_adam", .served = Served::kNoMeaning,
+       .note = "the daemon's kernel computes what torch.optim.AdamW does",
+       .slot = SLOT(optimizer.torch_adam), .types = Adams()},
+      {.path = "optimizer.params.foreach", .served = Served::kNoMeaning,
+       .note = "it chooses among implementations of the same arithmetic",
+       .slot = SLOT(optimizer.foreach), .types = With(Adams(), {"Adagrad", "SGD"})},
+      {.path = "optimizer.params.fused", .served = Served::kNoMeaning,
+       .note = "it chooses among implementations of the same arithmetic",
+       .slot = SLOT(optimizer.fused), .types = With(Adams(), {"Adagrad", "SGD"})},
+      {.path = "optimizer.params.set_grad_none", .served = Served::kNoMeaning,
+       .note = "gradients are handed over, so .grad is None always",
+       .slot = SLOT(optimizer.set_grad_none), .types = With(Adams(), {"Lion"})},
+      {.path = "optimizer.params.capturable", .served = Served::kNoMeaning,
+       .note = "it is for CUDA graphs", .slot = SLOT(optimizer.capturable), .types = Adams()},
+      {.path = "optimizer.params.fp32_optimizer_states", .served = Served::kNotYet,
+       .note = "moments are fp32", .slot = SLOT(optimizer.fp32_optimizer_states),
+       .types = With(Adams(), {"Lion", "Adagrad"})},
+      {.path = "optimizer.params.amsgrad", .served = Served::kNever,
+       .note = "DeepSpeed refuses it too", .slot = SLOT(optimizer.amsgrad), .types = Adams()},
+      {.path = "optimizer.params.maximize", .served = Served::kNever,
+       .note = "change the sign of the loss", .slot = SLOT(optimizer.maximize),
+       .types = With(Adams(), {"Adagrad", "SGD"})},
+      {.path = "optimizer.params.differentiable", .served = Served::kNever,
+       .note = "the step is the daemon's, where autograd does not see it",
+       .slot = SLOT(optimizer.differentiable), .types = With(Adams(), {"Adagrad", "SGD"})},
+      {.path = "optimizer.params.max_grad_norm", .served = Served::kNever,
+       .note = "gradient_clipping is what clips"},
+  };
+  keys->insert(keys->end(), adam.begin(), adam.end());
+}
+
+void AppendOtherOptimizerKeys(std::vector<ConfigKey>* keys) {
+  const auto later = [keys](ConfigKey key) {
+    key.served = Served::kNotYet;
+    key.note = kOptimizerLater;
+    keys->push_back(std::move(key));
+  };
+  later({.path = "optimizer.params.lr_decay", .slot = SLOT(optimizer.lr_decay), .min = 0,
+         .max = kRealMax, .types = {"Adagrad"}});
+  later({.path = "optimizer.params.initial_accumulator_value",
+         .slot = SLOT(optimizer.initial_accumulator_value), .min = 0, .max = kRealMax,
+         .types = {"Adagrad"}});
+  later({.path = "optimizer.params.momentum", .slot = SLOT(optimizer.momentum), .min = 0, .max = 1,
+         .types = {"SGD", "Muon"}});
+  later({.path = "optimizer.params.dampening", .slot = SLOT(optimizer.dampening), .min = 0,
+         .max = 1, .types = {"SGD"}});
+  later({.path = "optimizer.params.nesterov", .slot = SLOT(optimizer.nesterov),
+         .types = {"SGD"}});
+  later({.path = "optimizer.params.eps_inside_sqrt", .slot = SLOT(optimizer.eps_inside_sqrt),
+         .types = {"Lamb"}});
+  later({.path = "optimizer.params.max_coeff", .slot = SLOT(optimizer.max_coeff), .min = 0,
+         .max = kRealMax, .types = {"Lamb"}});
+  later({.path = "optimizer.params.min_coeff", .slot = SLOT(optimizer.min_coeff), .min = 0,
+         .max = kRealMax, .types = {"Lamb"}});
+  later({.path = "optimizer.params.muon_lr", .slot = SLOT(optimizer.muon_lr), .min = 0,
+         .max = kRealMax, .types = {"Muon"}});
+  later({.path = "optimizer.params.adam_lr", .slot = SLOT(optimizer.adam_lr), .min = 0,
+         .max = kRealMax, .types = {"Muon"}});
+  later({.path = "optimizer.params.ns_method", .slot = SLOT(optimizer.ns_method),
+         .choices = {"gram", "standard"}, .types = {"Muon"}});
+}
+
+void AppendWarmupKeys(std::vector<ConfigKey>* keys) {
+  const Words decays = {"WarmupDecayLR", "WarmupCosineLR"};
+  const Words rates = {"WarmupLR", "WarmupDecayLR"};
+  const Words warmups = With({"WarmupLR"}, decays);
+  const std::vector<ConfigKey> warmup = {
+      {.path = "scheduler.type",
+       .note = "WarmupLR, or leave out \"scheduler\" for a constant rate, or pass one",
+       .slot = SLOT(scheduler.type), .choices = {"WarmupLR"},
+       .later = {"WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest", "LambdaLR",
+                 "MultiplicativeLR", "StepLR", "MultiStepLR", "ConstantLR", "LinearLR",
+                 "ExponentialLR", "PolynomialLR", "CosineAnnealingLR",
+                 "CosineAnnealingWarmRestarts", "CyclicLR", "OneCycleLR", "ReduceLROnPlateau"}},
+      {.path = "scheduler.params.warmup_min_lr", .note = "one number for all groups",
+       .slot = SLOT(scheduler.warmup_min_lr), .min = 0, .max = kRealMax, .types = rates},
+      {.path = "scheduler.params.warmup_max_lr",
+       .note = "one number for all groups; left out: optimizer.params.lr",
+       .slot = SLOT(scheduler.warmup_max_lr), .min = 0, .max = kRealMax, .types = rates},
+      {.path = "scheduler.params.warmup_num_steps", .note = "at least 1; 1 counts as 2",
+       .slot = SLOT(scheduler.warmup_num_steps), .min = 1, .max = kCountMax, .types = warmups},
+      {.path = "scheduler.params.warmup_type", .slot = SLOT(scheduler.warmup_type),
+       .choices = {"log", "linear"}, .types = warmups},
+      {.path = "scheduler.params.last_batch_iteration", .served = Served::kNotYet,
+       .note = "a job's state brings back where its schedule was",
+       .slot = SLOT(scheduler.last_batch_iteration), .min = -1, .max = kCountMax},
+      {.path = "scheduler.params.total_num_steps", .served = Served::kNotYet,
+       .note = kSchedulerLater, .slot = SLOT(scheduler.total_num_steps), .min = 1,
+       .max = kCountMax, .types = decays},
+      {.path = "scheduler.params.warmup_min_ratio", .served = Served::kNotYet,
+       .note = kSchedulerLater, .slot = SLOT(scheduler.warmup_min_ratio), .min = 0, .max = 1,
+       .types = {"WarmupCosineLR"}},
+      {.path = "scheduler.params.cos_min_ratio", .served = Served::kNotYet,
+       .note = kSchedulerLater, .slot = SLOT(scheduler.cos_min_ratio), .min = 0, .max = 1,
+       .types = {"WarmupCosineLR"}},
+  };
+  keys->insert(keys->end(), warmup.begin(), warmup.end());
+}
+
+void AppendCycleKeys(std::vector<ConfigKey>* keys) {
+  const auto later = [keys](const char* type, ConfigKey key) {
+    key.served = Served::kNotYet;
+    key.note = kSchedulerLater;
+    key.types = {type};
+    keys->push_back(std::move(key));
+  };
+  const char* const one = "OneCycle";
+  later(one, {.path = "scheduler.params.cycle_min_lr", .slot = SLOT(scheduler.cycle_min_lr),
+              .min = 0, .max = kRealMax});
+  later(one, {.path = "scheduler.params.cycle_max_lr", .slot = SLOT(scheduler.cycle_max_lr),
+              .min = 0, .max = kRealMax});
+  later(one, {.path = "scheduler.params.decay_lr_rate", .slot = SLOT(scheduler.decay_lr_rate),
+              .min = 0, .max = kRealMax});
+  later(one, {.path = "scheduler.params.cycle_first_step_size",
+              .slot = SLOT(scheduler.cycle_first_step_size), .min = 1, .max = kCountMax});
+  later(one, {.path = "scheduler.params.cycle_second_step_size",
+              .slot = SLOT(scheduler.cycle_second_step_size), .min = 0, .max = kCountMax});
+  later(one, {.path = "scheduler.params.cycle_first_stair_count",
+              .slot = SLOT(scheduler.cycle_first_stair_count), .min = 0, .max = kCountMax});
+  later(one, {.path = "scheduler.params.cycle_second_stair_count",
+              .slot = SLOT(scheduler.cycle_second_stair_count), .min = 0, .max = kCountMax});
+  later(one, {.path = "scheduler.params.decay_step_size", .slot = SLOT(scheduler.decay_step_size),
+              .min = 0, .max = kCountMax});
+  later(one, {.path = "scheduler.params.cycle_momentum", .slot = SLOT(scheduler.cycle_momentum)});
+  later(one, {.path = "scheduler.params.cycle_min_mom", .slot = SLOT(scheduler.cycle_min_mom),
+              .min = 0, .max = 1});
+  later(one, {.path = "scheduler.params.cycle_max_mom", .slot = SLOT(scheduler.cycle_max_mom),
+              .min = 0, .max = 1});
+  later(one, {.path = "scheduler.params.decay_mom_rate", .slot = SLOT(scheduler.decay_mom_rate),
+              .min = 0, .max = kRealMax});
+  const char* const range = "LRRangeTest";
+  later(range, {.path = "scheduler.params.lr_range_test_min_lr",
+                .slot = SLOT(scheduler.lr_range_test_min_lr), .min = 0, .max = kRealMax});
+  later(range, {.path = "scheduler.params.lr_range_test_step_size",
+                .slot = SLOT(scheduler.lr_range_test_step_size), .min = 1, .max = kCountMax});
+  later(range, {.path = "scheduler.params.lr_range_test_step_rate",
+                .slot = SLOT(scheduler.lr_range_test_step_rate), .min = 0, .max = kRealMax});
+  later(range, {.path = "scheduler.params.lr_range_test_staircase",
+                .slot = SLOT(scheduler.lr_range_test_staircase)});
+}
+
+}  // namespace
+
+void AppendOptimizerKeys(std::vector<ConfigKey>* keys) {
+  AppendAdamKeys(keys);
+  AppendOtherOptimizerKeys(keys);
+  AppendWarmupKeys(keys);
+  AppendCycleKeys(keys);
+}
+
+}  // namespace zerod
