@@ -8,8 +8,6 @@
 
 #include <cstdio>
 #include <cstdlib>
-#include <fstream>
-#include <iterator>
 #include <string>
 #include <utility>
 
@@ -19,7 +17,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
-#include "base/config.h"
+#include "client/ctl/configs.h"
 #include "client/ctl/rpc.h"
 #include "client/ctl/tables.h"
 
@@ -32,9 +30,7 @@ struct Arguments {
   bool once = false;
   double interval_seconds = 1;
   std::string job;
-  std::string file;
-  uint32_t world = 1;
-  bool offline = false;
+  CheckConfigArguments check;
 };
 
 std::string DefaultAddress() {
@@ -88,22 +84,6 @@ absl::Status Top(Daemon* daemon, const Arguments& arguments) {
   return absl::OkStatus();
 }
 
-absl::Status CheckConfig(Daemon* daemon, const Arguments& arguments) {
-  std::ifstream in(arguments.file);
-  if (!in.good()) return absl::NotFoundError(absl::StrCat("cannot read ", arguments.file));
-  const std::string text((std::istreambuf_iterator<char>(in)), {});
-  if (arguments.offline) {
-    const absl::StatusOr<Config> config = Config::Parse(text, arguments.world);
-    if (!config.ok()) return config.status();
-    std::printf("%s\n", config->ToJson().c_str());
-    return absl::OkStatus();
-  }
-  const absl::StatusOr<std::string> resolved = daemon->CheckConfig(text, arguments.world);
-  if (!resolved.ok()) return resolved.status();
-  std::printf("%s\n", resolved->c_str());
-  return absl::OkStatus();
-}
-
 int Main(int argc, char** argv) {
   CLI::App app("zerodctl: looks at a zerod of this node, and tells it what to do.", "zerodctl");
   Arguments arguments;
@@ -123,14 +103,24 @@ int Main(int argc, char** argv) {
   top->add_option("--interval-seconds", arguments.interval_seconds, "Time between screens [1]")
       ->check(CLI::Range(0.1, 3600.0));
   CLI::App* const drain = app.add_subcommand("drain", "Refuse new jobs, end with the last one");
-  CLI::App* const check = app.add_subcommand("check-config", "What a configuration comes to");
-  check->add_option("file", arguments.file, "JSON in DeepSpeed's shape")->required();
-  check->add_option("--world", arguments.world, "The number of ranks")->required();
-  check->add_flag("--offline", arguments.offline, "By this program's version, without a daemon");
+  CLI::App* const check = app.add_subcommand(
+      "check-config", "What a configuration comes to and why, without a daemon");
+  check->add_option("file", arguments.check.file, "JSON in DeepSpeed's shape")->required();
+  check->add_option("--world", arguments.check.world, "The number of ranks [1]");
+  check->add_option("--hidden-size", arguments.check.hidden_sizes,
+                    "The model's, for \"auto\"; the largest of several counts");
+  check->add_option("--auto", arguments.check.values,
+                    "KEY=VALUE: what \"auto\" becomes, for example optimizer.params.lr=1e-4");
+  check->add_flag("--deepspeed", arguments.check.deepspeed,
+                  "As through a door for DeepSpeed's files: unknown keys at the top are warnings");
+  CLI::App* const keys =
+      app.add_subcommand("config-keys", "Every key of a configuration, as in docs/config.md");
   CLI11_PARSE(app, argc, argv);
 
-  const std::unique_ptr<Daemon> daemon = Daemon::Connect(arguments.address);
   absl::Status result;
+  if (check->parsed()) result = CheckConfig(arguments.check, arguments.json);
+  if (keys->parsed()) PrintConfigKeys();
+  const std::unique_ptr<Daemon> daemon = Daemon::Connect(arguments.address);
   if (status->parsed()) result = Status(daemon.get(), arguments);
   if (remove->parsed()) {
     result = daemon->DeleteJob(arguments.job);
@@ -139,7 +129,6 @@ int Main(int argc, char** argv) {
   }
   if (top->parsed()) result = Top(daemon.get(), arguments);
   if (drain->parsed()) result = daemon->Drain();
-  if (check->parsed()) result = CheckConfig(daemon.get(), arguments);
   if (result.ok()) return 0;
   std::fprintf(stderr, "zerodctl: %s\n", std::string(result.message()).c_str());
   return 1;

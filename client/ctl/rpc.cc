@@ -8,7 +8,6 @@
 #include "absl/strings/str_cat.h"
 #include "grpcpp/grpcpp.h"
 #include "proto/zerod/v1/admin.grpc.pb.h"
-#include "proto/zerod/v1/jobs.grpc.pb.h"
 
 namespace zerod::ctl {
 namespace {
@@ -21,7 +20,6 @@ class DaemonImpl final : public Daemon {
   explicit DaemonImpl(std::string address) : address_(std::move(address)) {
     auto channel = grpc::CreateChannel(address_, grpc::InsecureChannelCredentials());
     admin_ = v1::Admin::NewStub(channel);
-    jobs_ = v1::Jobs::NewStub(channel);
   }
 
   absl::StatusOr<v1::StatusResponse> Status() override {
@@ -41,15 +39,6 @@ class DaemonImpl final : public Daemon {
   absl::Status Drain() override {
     return Call<v1::DrainResponse>(admin_.get(), &v1::Admin::Stub::Drain, v1::DrainRequest())
         .status();
-  }
-  absl::StatusOr<std::string> CheckConfig(const std::string& config, uint32_t world) override {
-    v1::CheckConfigRequest request;
-    request.set_config(config);
-    request.set_world(world);
-    auto response =
-        Call<v1::CheckConfigResponse>(jobs_.get(), &v1::Jobs::Stub::CheckConfig, request);
-    if (!response.ok()) return response.status();
-    return response->resolved_config();
   }
 
  private:
@@ -74,7 +63,6 @@ class DaemonImpl final : public Daemon {
 
   const std::string address_;
   std::unique_ptr<v1::Admin::Stub> admin_;
-  std::unique_ptr<v1::Jobs::Stub> jobs_;
 };
 
 }  // namespace

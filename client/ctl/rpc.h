@@ -22,8 +22,6 @@ class Daemon {
   virtual absl::StatusOr<v1::ListJobsResponse> ListJobs() = 0;
   virtual absl::Status DeleteJob(const std::string& id) = 0;
   virtual absl::Status Drain() = 0;
-  // The configuration as the daemon would use it, JSON.
-  virtual absl::StatusOr<std::string> CheckConfig(const std::string& config, uint32_t world) = 0;
 };
 
 }  // namespace zerod::ctl

@@ -459,21 +459,6 @@ TEST_F(ZerodTest, ZerodctlShowsAndEndsJobs) {
   EXPECT_THAT(ctl({"jobs", "--json"}).out, HasSubstr("\"parameters\": 256"));
   EXPECT_THAT(ctl({"top", "--once"}).out, HasSubstr("small"));
 
-  const std::string file = directory_.path() + "/config.json";
-  std::ofstream(file) << R"({"train_micro_batch_size_per_gpu": 3})";
-  for (const std::vector<std::string>& extra : {std::vector<std::string>{}, {"--offline"}}) {
-    std::vector<std::string> arguments = {"check-config", file, "--world", "4"};
-    arguments.insert(arguments.end(), extra.begin(), extra.end());
-    const Ran checked = ctl(arguments);
-    EXPECT_EQ(checked.exit_code, 0) << checked.err;
-    EXPECT_THAT(checked.out, ::testing::ContainsRegex("\"train_batch_size\": ?12"));
-  }
-  std::ofstream(file) << R"({"train_micro_batch_size_per_gpu": 3, "gradient_cliping": 1})";
-  const Ran misspelt = ctl({"check-config", file, "--world", "4"});
-  EXPECT_EQ(misspelt.exit_code, 1);
-  EXPECT_THAT(misspelt.err, HasSubstr("gradient_clipping"));
-  std::filesystem::remove(file);
-
   EXPECT_EQ(ctl({"jobs", "delete", "other"}).exit_code, 1);
   EXPECT_EQ(ctl({"jobs", "delete", "small"}).exit_code, 0);
   EXPECT_THAT(ctl({"jobs"}).out, HasSubstr("no jobs"));
@@ -496,6 +481,48 @@ TEST(ZerodCommandLine, VersionHelpAndCheckConfig) {
   EXPECT_EQ(checked.exit_code, 0) << checked.err;
   EXPECT_THAT(checked.out, HasSubstr("metrics_listen"));
   EXPECT_EQ(RunProgram(ZEROD_BINARY, {"--nonsense"}).exit_code, 2);
+}
+
+// What a configuration comes to needs no daemon: there is none at this address.
+TEST(ZerodCommandLine, ZerodctlChecksConfigurations) {
+  const TemporaryDirectory directory;
+  const std::string file = directory.path() + "/config.json";
+  const auto check = [&file](const std::string& text, std::vector<std::string> more) {
+    std::ofstream(file) << text;
+    more.insert(more.begin(), {"--address", "/nowhere", "check-config", file});
+    return RunProgram(ZERODCTL_BINARY, more);
+  };
+  const Ran plain = check("{train_micro_batch_size_per_gpu: 3, bfloat16: {enabled: true}}",
+                          {"--world", "4"});
+  EXPECT_EQ(plain.exit_code, 0) << plain.err;
+  EXPECT_THAT(plain.out, HasSubstr("= 12  (derived: micro batch x accumulation steps x ranks)"));
+  EXPECT_THAT(plain.out, HasSubstr("warning: bfloat16: is deprecated"));
+  EXPECT_THAT(plain.out, HasSubstr("= true  (file, deprecated: as bfloat16)"));
+
+  const Ran json = check("{train_batch_size: 3}", {"--json"});
+  EXPECT_EQ(json.exit_code, 0) << json.err;
+  EXPECT_THAT(json.out, HasSubstr("\"train_micro_batch_size_per_gpu\": \"derived"));
+
+  const char kAuto[] = R"({"train_batch_size": "auto", "zero_optimization":
+      {"stage": 3, "stage3_param_persistence_threshold": "auto"}})";
+  const Ran resolved = check(kAuto, {"--hidden-size", "64", "--auto", "train_batch_size=8"});
+  EXPECT_EQ(resolved.exit_code, 0) << resolved.err;
+  EXPECT_THAT(resolved.out, HasSubstr("= 640  (auto: 10 * hidden_size, hidden_size 64)"));
+  const Ran unresolved = check(kAuto, {});
+  EXPECT_EQ(unresolved.exit_code, 1);
+  EXPECT_THAT(unresolved.err, HasSubstr("cannot be resolved for train_batch_size, zero_opt"));
+
+  const Ran wrong = check(R"({"train_batch_size": 0, "gradient_cliping": 1})", {});
+  EXPECT_EQ(wrong.exit_code, 1);
+  EXPECT_EQ(wrong.out, "");
+  EXPECT_THAT(wrong.err, HasSubstr("train_batch_size: 0 is not allowed"));
+  EXPECT_THAT(wrong.err, HasSubstr("did you mean \"gradient_clipping\"?"));
+  EXPECT_EQ(check(R"({"train_batch_size": 1, "mine": 1})", {"--deepspeed"}).exit_code, 0);
+  std::filesystem::remove(file);
+  EXPECT_EQ(RunProgram(ZERODCTL_BINARY, {"check-config", file}).exit_code, 1);
+  const Ran keys = RunProgram(ZERODCTL_BINARY, {"config-keys"});
+  EXPECT_EQ(keys.exit_code, 0);
+  EXPECT_THAT(keys.out, HasSubstr("| `gradient_clipping` | works |"));
 }
 
 }  // namespace
