@@ -17,8 +17,10 @@ constexpr size_t kValueBytesMax = 60;
 
 }  // namespace
 
+bool ConfigProblems::full() const { return lines_.size() == kProblemsMax; }
+
 void ConfigProblems::Add(absl::string_view path, absl::string_view what) {
-  if (lines_.size() == kProblemsMax) {
+  if (full()) {
     ++lines_left_out_;
     return;
   }

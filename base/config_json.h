@@ -21,6 +21,8 @@ class ConfigProblems {
   void Add(absl::string_view path, absl::string_view what);
   bool empty() const { return lines_.empty(); }
   size_t size() const { return lines_.size() + lines_left_out_; }
+  // The next is counted, but not shown: no need to find advice for it.
+  bool full() const;
   // One problem of several keys.
   void AddFor(const std::vector<std::string>& paths, absl::string_view what);
   // True where `path`, or something within it, has a problem.

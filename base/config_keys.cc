@@ -43,10 +43,10 @@ Words KeysElsewhere(absl::string_view name) {
   return paths;
 }
 
-// Whether `path`, a key or a block, has something that works or is accepted.
-bool HasServed(absl::string_view path) {
+// Whether `path`, a key or a block, has something that is served as far as `worst`.
+bool HasServed(absl::string_view path, Served worst) {
   for (const ConfigKey& key : ConfigKeys()) {
-    if (key.served == Served::kNotYet || key.served == Served::kNever) continue;
+    if (key.served > worst) continue;
     if (path == key.path || absl::StartsWith(key.path, absl::StrCat(path, "."))) return true;
   }
   return false;
@@ -384,12 +384,12 @@ std::string AdviceForUnknownKey(absl::string_view block, const std::string& key)
   if (nearest.empty()) {
     Words served;
     for (const std::string& name : known) {
-      if (HasServed(JoinPath(block, name))) served.push_back(name);
+      if (HasServed(JoinPath(block, name), Served::kWorksBetter)) served.push_back(name);
     }
     return absl::StrCat("is not a known key; the keys here are ",
                         absl::StrJoin(served.empty() ? known : served, ", "));
   }
-  if (HasServed(JoinPath(block, nearest))) {
+  if (HasServed(JoinPath(block, nearest), Served::kNoMeaning)) {
     return absl::StrCat("is not a known key; did you mean ", Quoted(nearest), "?");
   }
   return absl::StrCat("is not a known key; the nearest is ", Quoted(nearest),

@@ -25,6 +25,7 @@ using Slot = std::variant<uint64_t*, uint32_t*, int64_t*, double*, bool*, std::s
                           std::optional<std::string>*, std::optional<Words>*, GradientPlanChoice*,
                           Betas, Units*>;
 
+// From the best to the worst.
 enum class Served {
   kWorks,
   kWorksBetter,  // works, and the note says what is better

@@ -27,6 +27,19 @@ void ReadSwitch(const ConfigKey& key, const Json& value, ParseState* state) {
   }
 }
 
+// Advice costs a comparison with every key, so there is none once nobody would see it.
+void RefuseUnknown(const std::string& block, const std::string& name, bool error,
+                   ParseState* state) {
+  const bool shown = error ? !state->problems.full() : state->parsed.warnings.size() < kWarningsMax;
+  const std::string advice = shown ? AdviceForUnknownKey(block, name) : "";
+  const std::string path = JoinPath(block, name);
+  if (error) {
+    state->problems.Add(path, advice);
+  } else {
+    state->Warn(path, absl::StrCat(advice, " It has no effect"));
+  }
+}
+
 // Reads the keys of one block and of the blocks within; how deep is bounded by the table.
 void ReadBlock(const Json& object, const std::string& block, bool strict, ParseState* state) {
   for (const auto& [name, value] : object.items()) {
@@ -47,10 +60,8 @@ void ReadBlock(const Json& object, const std::string& block, bool strict, ParseS
       } else if (!value.is_null()) {
         state->problems.Add(path, Abbreviated(value) + " is not allowed; it must be an object");
       }
-    } else if (block.empty() && !strict) {
-      state->Warn(path, absl::StrCat(AdviceForUnknownKey(block, name), " It has no effect"));
     } else {
-      state->problems.Add(path, AdviceForUnknownKey(block, name));
+      RefuseUnknown(block, name, strict || !block.empty(), state);
     }
   }
 }

@@ -177,6 +177,8 @@ def test_errors_have_their_class_and_code():
     with pytest.raises(ValueError, match='did you mean "train_batch_size"'):
         _zerod.parse_config('{"train_batch": 8}', 1)
     assert json.loads(_zerod.parse_config('{"train_batch_size": 8}', 2))["train_batch_size"] == 8
+    with pytest.warns(UserWarning, match="bfloat16: is deprecated; its name is now bf16"):
+        _zerod.parse_config('{train_batch_size: 8, bfloat16: {enabled: true}}', 2)
     with pytest.raises(_zerod.InvalidArgument) as error:
         attach("tcp:somewhere")
     assert error.value.code == "INVALID_ARGUMENT" and isinstance(error.value, _zerod.ZerodError)

@@ -9,6 +9,7 @@
 #endif
 
 #include <string>
+#include <vector>
 
 #include "client/cpp/include/zerod/client.h"
 #include "client/python/src/errors.h"
@@ -40,8 +41,13 @@ client::DaemonInfo EnsureDaemon(std::string address, bool embedded, std::string 
 }
 
 std::string ParseConfig(const std::string& json, uint32_t world) {
-  absl::StatusOr<std::string> config = client::CheckConfig(json, world);
+  std::vector<std::string> warnings;
+  absl::StatusOr<std::string> config = client::CheckConfig(json, world, &warnings);
   if (!config.ok()) throw nb::value_error(std::string(config.status().message()).c_str());
+  for (const std::string& warning : warnings) {
+    // Below zero where the script makes errors of warnings.
+    if (PyErr_WarnEx(PyExc_UserWarning, warning.c_str(), 2) < 0) throw nb::python_error();
+  }
   return *std::move(config);
 }
 

@@ -37,7 +37,8 @@ def trim_heap() -> None:
     """Gives memory that was freed back to the system, where the C library keeps it."""
 
 def parse_config(json: str, world: int) -> str:
-    """The resolved configuration as JSON (every served key). ValueError lists every problem."""
+    """The resolved configuration as JSON (every key that has a value). ValueError lists every
+    problem; what is deprecated is a UserWarning."""
 
 def embedded_address(job: str, node_rank: int) -> str: ...
 

@@ -40,5 +40,5 @@ def read_source(source: Source) -> str:
 
 
 def resolve(text: str, world: int) -> dict[str, Any]:
-    """Every served key with its value. ValueError lists every problem."""
+    """Every key that has a value, with it. ValueError lists every problem."""
     return json.loads(_zerod.parse_config(text, world))

@@ -193,8 +193,10 @@ class ZEROD_EXPORT Client {
 };
 
 // What a configuration comes to for a job of `world` ranks, as JSON (see zerod::Config): the
-// daemon's own parser, without a daemon.
-ZEROD_EXPORT absl::StatusOr<std::string> CheckConfig(const std::string& json, uint32_t world);
+// daemon's own parser, without a daemon. `warnings`, where not null, gets a line for each thing
+// that works and is better written otherwise.
+ZEROD_EXPORT absl::StatusOr<std::string> CheckConfig(const std::string& json, uint32_t world,
+                                                     std::vector<std::string>* warnings = nullptr);
 
 // The directory and address that an embedded daemon of this user, job and node would have.
 ZEROD_EXPORT std::string EmbeddedAddress(const std::string& job, uint32_t node_rank);
