@@ -33,7 +33,7 @@ struct Config {
   // The rest of the block "bf16".
   struct Bf16 {
     bool immediate_grad_update = false;
-    bool check_grad_overflow = true;
+    bool check_grad_overflow = false;  // DeepSpeed: true, which comes with loss scaling
     bool master_weights_and_grads = false;  // bf16_master_weights_and_grads
     bool optimizer_states = false;          // bf16_optimizer_states
     friend bool operator==(const Bf16&, const Bf16&) = default;

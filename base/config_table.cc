@@ -71,7 +71,7 @@ void AppendBf16Keys(std::vector<ConfigKey>* keys) {
        .note = "gradients are handed over as they are complete, and summed at the step",
        .slot = SLOT(bf16_options.immediate_grad_update), .gate = Bf16Gate()},
       {.path = "bf16.check_grad_overflow", .served = Served::kNotYet,
-       .note = "a step whose gradient is not finite is skipped always",
+       .note = "a gradient that is not finite is not looked for yet. DeepSpeed's default is true",
        .slot = SLOT(bf16_options.check_grad_overflow), .gate = Bf16Gate()},
       {.path = "bf16.bf16_master_weights_and_grads", .served = Served::kNotYet,
        .note = "the master copy is fp32", .slot = SLOT(bf16_options.master_weights_and_grads),
@@ -138,7 +138,7 @@ void AppendDataTypeKeys(std::vector<ConfigKey>* keys) {
 void AppendCommunicationKeys(std::vector<ConfigKey>* keys) {
   const std::vector<ConfigKey> communication = {
       {.path = "communication_data_type", .served = Served::kNotYet,
-       .note = "gradients travel in the parameters' type and are summed in fp32",
+       .note = "the type on the wire cannot be chosen yet",
        .slot = SLOT(communication.data_type), .choices = {"fp32", "fp16", "bf16"},
        .any_case = true},
       {.path = "seq_parallel_communication_data_type", .served = Served::kNever,

@@ -33,7 +33,7 @@ const char kLenient[] = R"(# every block
 train_batch_size: "auto"  // follows
 train_micro_batch_size_per_gpu: 4
 'gradient_clipping': "auto", steps_per_print: Infinity,
-bfloat16: {enabled: true, check_overflow: true}
+bfloat16: {enabled: true, check_overflow: false}
 fp16: {enabled: false, loss_scale: 0, hysteresis: 2, initial_scale_power: 16,}
 zero_optimization: {
   stage: 3
