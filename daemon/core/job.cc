@@ -132,7 +132,7 @@ void Job::OnMessage(MemberIndex from, const Message& message) {
       return Fail(absl::InternalError(absl::StrCat("an unexpected report from member ", from)));
     }
     absl::Status status = Sequence(from, *report);
-    if (!status.ok()) return Fail(status);
+    if (!status.ok()) return Fail(status, sequencer_->discarded());
   } else if (from != 0) {
     return Fail(absl::InternalError(absl::StrCat("member ", from, " is not the sequencer")));
   } else if (const auto* append = std::get_if<Append>(&message)) {
@@ -141,6 +141,7 @@ void Job::OnMessage(MemberIndex from, const Message& message) {
   } else {
     // It told the others itself.
     outbox_.clear();
+    discarded_ = std::get<FailJob>(message).discard;
     return EndWith(std::get<FailJob>(message).status);
   }
   Pump();
@@ -163,15 +164,19 @@ void Job::OnConnected(const absl::Status& status) {
   Pump();
 }
 
-void Job::OnFail(const absl::Status& status) { Fail(status); }
+void Job::OnFail(const absl::Status& status, bool discard) { Fail(status, discard); }
 
 // Ends the job here and tells the others.
-void Job::Fail(const absl::Status& status) {
+void Job::Fail(const absl::Status& status, bool discard) {
   if (state_ == JobState::kFailed || state_ == JobState::kEnded) return;
+  // Where every client has left, nobody comes back: the others were only quicker to end.
+  discarded_ = discard || std::all_of(slots_.begin(), slots_.end(), [](const Slot& s) {
+                 return s.state == SlotState::kLeft;
+               });
   if (spec_.self == 0) {
-    for (MemberIndex m = 1; m < spec_.members; ++m) Emit(Send{m, FailJob{status}});
+    for (MemberIndex m = 1; m < spec_.members; ++m) Emit(Send{m, FailJob{status, discarded_}});
   } else {
-    Emit(Send{0, Report{generation_, {Failed{status}}}});
+    Emit(Send{0, Report{generation_, {Failed{status, discarded_}}}});
   }
   EndWith(status);
 }

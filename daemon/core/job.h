@@ -104,6 +104,7 @@ struct StartReduce {
 struct StartAccumulate {
   UnitIndex unit = 0;
   SlotIndex slot = 0;
+  uint64_t cookie = 0;  // of the SCATTER; of no meaning where `aside` is not 0
   uint64_t staging_offset = 0;
   bool first = false;
   uint64_t aside = 0;
@@ -113,6 +114,7 @@ struct StartAccumulate {
 struct StartSetAside {
   UnitIndex unit = 0;
   SlotIndex slot = 0;
+  uint64_t cookie = 0;  // of the SCATTER
   uint64_t staging_offset = 0;
   uint64_t aside = 0;
   uint64_t bytes = 0;
@@ -214,14 +216,17 @@ class Job {
   void OnSetAsideDone(UnitIndex unit, uint64_t aside, bool done);
   void OnNormDone(Step step, NormPart part);
   void OnApplyDone(UnitIndex unit, Step step);
-  // Ends the job everywhere (an operator, a drain, a fabric that broke).
-  void OnFail(const absl::Status& status);
+  // Ends the job everywhere (an operator, a drain, a fabric that broke). `discard`: its state is
+  // given up on purpose, so its id may be used again.
+  void OnFail(const absl::Status& status, bool discard = false);
 
   // The actions since the last call, oldest first.
   std::vector<Action> TakeActions();
 
   JobState state() const { return state_; }
   const absl::Status& failure() const { return failure_; }
+  // Failed with a committed state that somebody may come back for.
+  bool lost() const { return state_ == JobState::kFailed && committed_ > 0 && !discarded_; }
   uint64_t generation() const { return generation_; }
   Step committed() const { return committed_; }
   uint64_t applied() const { return applied_; }
@@ -267,7 +272,7 @@ class Job {
     uint32_t round = 0;
     uint64_t micro_step = 0;
     uint32_t index = 0;   // in the micro-step and round
-    uint64_t bytes = 0;   // of what was touched
+    uint64_t bytes = 0;   // of what was touched, in whole pages
     uint64_t order = 0;   // of coming, among all of this member
     uint64_t aside = 0;   // not 0: set aside under this number, or on its way there
     bool moving = false;  // on its way there
@@ -342,7 +347,7 @@ class Job {
   void Tell(ReportItem item);
   absl::Status Sequence(MemberIndex from, const Report& report);
   absl::Status Distribute(const std::vector<Entry>& entries);
-  void Fail(const absl::Status& status);
+  void Fail(const absl::Status& status, bool discard = false);
   void EndWith(const absl::Status& status);
   void Emit(Action action) { actions_.push_back(std::move(action)); }
   void Pump();
@@ -352,6 +357,7 @@ class Job {
   std::unique_ptr<Sequencer> sequencer_;  // member 0 only
   JobState state_ = JobState::kForming;
   absl::Status failure_;
+  bool discarded_ = false;
   uint64_t generation_ = 1;
   bool connect_asked_ = false;
   bool connected_ = false;

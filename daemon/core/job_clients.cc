@@ -102,7 +102,12 @@ void Job::OnRelease(SlotIndex slot, UnitIndex unit) {
 // Makes sure that a copy of the present version is on its way to somebody who waits for it.
 void Job::RequestCopy(UnitIndex unit) {
   UnitState& u = units_[unit];
-  if (window_.copy(unit) == Window::Copy::kFilling) return;
+  if (window_.copy(unit) == Window::Copy::kFilling) {
+    if (!u.forecast) return;
+    u.forecast = false;
+    forecast_elements_in_flight_ -= spec_.layout->units()[unit].elements;
+    return Tell(Want{unit, committed_, /*demand=*/true, /*again=*/true});
+  }
   absl::Status error;
   switch (window_.Reserve(unit, /*demand=*/true, [this](UnitIndex v) { return NextUse(v); },
                           &error)) {

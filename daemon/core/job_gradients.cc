@@ -17,6 +17,15 @@
 #include "daemon/core/job.h"
 
 namespace zerod::core {
+namespace {
+
+// What memory of so many bytes takes: it is mapped in pages, one at least.
+uint64_t Pages(uint64_t bytes) {
+  constexpr uint64_t kPage = 4096;
+  return std::max<uint64_t>(1, (bytes + kPage - 1) / kPage) * kPage;
+}
+
+}  // namespace
 
 void Job::OnScatter(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step, bool last,
                     uint64_t staging_offset, const std::vector<bool>& touched) {
@@ -35,7 +44,8 @@ void Job::OnScatter(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step, 
   for (size_t i = 0; i < touched.size(); ++i) {
     if (touched[i]) u.touched[i] = true;
   }
-  if (spec_.node_sum) {
+  const bool something = std::find(touched.begin(), touched.end(), true) != touched.end();
+  if (spec_.node_sum && something) {
     Staged staged{slot, cookie, staging_offset, s.marks[unit] + 1u, s.micro_steps,
                   s.indices[unit]++, TouchedBytes(unit, touched), ++scatters_};
     auto place = std::upper_bound(
@@ -46,6 +56,7 @@ void Job::OnScatter(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step, 
     u.staged.insert(place, staged);
     s.unmarked[unit] = true;
   } else {
+    if (spec_.node_sum) ++s.indices[unit];
     Answer({slot, cookie}, absl::OkStatus());
   }
   if (last) {
@@ -99,7 +110,8 @@ void Job::PumpStaging(UnitIndex unit) {
   const Staged& next = u.staged.front();
   if (next.moving || !Ready(unit, next)) return;
   u.accumulating = true;
-  Emit(StartAccumulate{unit, next.slot, next.offset, /*first=*/!u.accumulated, next.aside});
+  Emit(StartAccumulate{unit, next.slot, next.cookie, next.offset, /*first=*/!u.accumulated,
+                       next.aside});
   u.accumulated = true;
 }
 
@@ -140,7 +152,7 @@ uint64_t Job::TouchedBytes(UnitIndex unit, const std::vector<bool>& touched) con
   for (size_t i = 0; i < parameters.size(); ++i) {
     if (touched[i]) elements += spec_.layout->parameters()[parameters[i]].elements;
   }
-  return elements * sizeof(float);
+  return Pages(elements * sizeof(float));
 }
 
 // True when `s` waits for another rank, itself or behind one that does; else it is added as soon
@@ -172,7 +184,10 @@ Job::Staged* Job::OldestInStaging(SlotIndex slot, UnitIndex* unit) {
 // unit only one has more than the other. A rank that is ahead leaves half of it to those it waits
 // for, which may have to get on before it can.
 uint64_t Job::AsideMax(const Slot& slot) const {
-  const uint64_t whole = spec_.layout->trainable_elements() * sizeof(float);
+  uint64_t whole = 0;
+  for (const Unit& unit : spec_.layout->units()) {
+    whole += Pages(unit.trainable_elements * sizeof(float));
+  }
   const bool ahead = std::any_of(slots_.begin(), slots_.end(), [&](const Slot& other) {
     return !other.stepped && other.micro_steps < slot.micro_steps;
   });
@@ -197,7 +212,7 @@ void Job::PumpRoom() {
     oldest->moving = true;
     aside_bytes_ += oldest->bytes;
     ++setting_aside_;
-    Emit(StartSetAside{unit, i, oldest->offset, oldest->aside, oldest->bytes});
+    Emit(StartSetAside{unit, i, oldest->cookie, oldest->offset, oldest->aside, oldest->bytes});
   }
 }
 

@@ -75,7 +75,10 @@ absl::Status Sequencer::OnReport(MemberIndex from, const Report& report, std::ve
     // It goes on reporting until it hears that it was refused.
     if (members_[from].refused) continue;
     if (!members_[from].joined) return BadMessage(from, "it has not joined");
-    if (const auto* f = std::get_if<Failed>(&item)) return f->status;
+    if (const auto* f = std::get_if<Failed>(&item)) {
+      discarded_ = f->discard;
+      return f->status;
+    }
     // Stale generations change nothing.
     if (report.generation != generation_) continue;
     RETURN_IF_ERROR(OnItem(from, item, out));
@@ -207,7 +210,12 @@ void Sequencer::NewGeneration(std::vector<Entry>* out) {
 absl::Status Sequencer::OnWant(MemberIndex from, const Want& w) {
   if (w.unit >= reduced_round_.size()) return BadMessage(from, "a unit beyond the layout");
   // Asked before it saw the COMMIT: it asks again for what it needs then.
-  if (w.version == committed_) wants_.Add(w.unit, from, w.demand);
+  if (w.version != committed_) return absl::OkStatus();
+  if (w.again) {
+    wants_.Promote(w.unit);
+  } else {
+    wants_.Add(w.unit, from, w.demand);
+  }
   return absl::OkStatus();
 }
 

@@ -32,6 +32,8 @@ class Sequencer {
   // An ALL_GATHER is done as far as member 0 takes part in it.
   void OnGathered(UnitIndex unit, std::vector<Entry>* out);
 
+  // The failure that OnReport returned gives the job's state up on purpose.
+  bool discarded() const { return discarded_; }
   bool joined(MemberIndex m) const { return members_[m].joined; }
   // Ranks that are attached, in the generation under way.
   const std::vector<bool>& attached() const { return attached_; }
@@ -81,6 +83,7 @@ class Sequencer {
   WantQueue wants_;
   std::vector<uint8_t> reduced_round_;  // per unit: appended in this step
   bool norm_appended_ = false;
+  bool discarded_ = false;
   bool norm_needed_ = false;
   uint64_t scalars_done_ = 0;
   bool some_left_ = false;                   // in this generation

@@ -145,6 +145,7 @@ struct Want {
   UnitIndex unit = 0;
   Step version = 0;
   bool demand = false;  // a client waits for it; else it is expected to be needed
+  bool again = false;   // it was asked for as expected, and now a client waits for it
 };
 struct Forecasted {  // the sender has asked for what it expects to need of `version` first
   Step version = 0;
@@ -180,6 +181,7 @@ struct ScalarReady {  // every client of the sender posted its `ordinal`-th SCAL
 };
 struct Failed {  // the sender cannot go on: the job ends everywhere
   absl::Status status;
+  bool discard = false;  // its state is given up on purpose
 };
 using ReportItem = std::variant<Joined, ClientAttached, ClientGone, Want, GradientsReady, StepReady,
                                 NormReady, StateRequest, ScalarReady, Failed, Forecasted>;
@@ -195,6 +197,7 @@ struct Append {
 };
 struct FailJob {
   absl::Status status;
+  bool discard = false;
 };
 
 using Message = std::variant<Report, Append, FailJob>;

@@ -28,13 +28,17 @@ void WantQueue::Add(UnitIndex unit, MemberIndex member, bool demand) {
   auto waiting = Find(forecast_, unit);
   if (waiting != forecast_.end()) {
     waiting->wants |= bit;
-    if (demand) {
-      demand_.push_back(*waiting);
-      forecast_.erase(waiting);
-    }
+    if (demand) Promote(unit);
     return;
   }
   (demand ? demand_ : forecast_).push_back({unit, bit});
+}
+
+void WantQueue::Promote(UnitIndex unit) {
+  auto waiting = Find(forecast_, unit);
+  if (waiting == forecast_.end()) return;
+  demand_.push_back(*waiting);
+  forecast_.erase(waiting);
 }
 
 std::optional<WantQueue::Gather> WantQueue::Next() {

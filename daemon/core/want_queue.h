@@ -30,6 +30,8 @@ class WantQueue {
   // of `members` has said what it expects to need, because they all want much the same.
   void Restart(MemberSet members);
   void Add(UnitIndex unit, MemberIndex member, bool demand);
+  // What was expected to be needed is needed now. Nothing where it has begun already.
+  void Promote(UnitIndex unit);
   void Announced(MemberIndex member) { awaited_ &= ~(MemberSet{1} << member); }
 
   // Every ALL_GATHER, also one that was never asked for here.

@@ -350,8 +350,8 @@ void JobRunnerImpl::PeerDown(core::MemberIndex member, absl::Status why) {
   mailbox_->Post([this, member, why = std::move(why)] { job_->OnMemberDown(member, why); });
 }
 
-void JobRunnerImpl::Fail(absl::Status why) {
-  mailbox_->Post([this, why = std::move(why)] { job_->OnFail(why); });
+void JobRunnerImpl::Fail(absl::Status why, bool discard) {
+  mailbox_->Post([this, why = std::move(why), discard] { job_->OnFail(why, discard); });
 }
 
 JobSnapshot JobRunnerImpl::Snapshot() {
@@ -363,6 +363,7 @@ JobSnapshot JobRunnerImpl::Snapshot() {
 JobSnapshot JobRunnerImpl::SnapshotOnLoop() {
   JobSnapshot snapshot;
   snapshot.state = job_->state();
+  snapshot.lost = job_->lost();
   snapshot.reason = job_->state() == core::JobState::kForming
                         ? job_->WaitingFor()
                         : std::string(job_->failure().message());

@@ -72,6 +72,7 @@ struct ClientSnapshot {
 
 struct JobSnapshot {
   core::JobState state = core::JobState::kForming;
+  bool lost = false;  // core::Job::lost
   std::string reason;
   uint64_t generation = 0;
   core::Step committed_step = 0;
@@ -106,7 +107,8 @@ class JobRunner {
   virtual void PeerMessage(core::MemberIndex from, core::Message message) = 0;
   virtual void PeerDown(core::MemberIndex member, absl::Status why) = 0;
   // Ends the job everywhere.
-  virtual void Fail(absl::Status why) = 0;
+  // `discard`: see core::Job::OnFail.
+  virtual void Fail(absl::Status why, bool discard) = 0;
   virtual JobSnapshot Snapshot() = 0;
 
   virtual const core::JobPlan& plan() const = 0;  // constant

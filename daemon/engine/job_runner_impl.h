@@ -50,7 +50,7 @@ class JobRunnerImpl : public JobRunner {
   absl::StatusOr<std::pair<core::Step, std::string>> CommittedBlob(core::SlotIndex slot) override;
   void PeerMessage(core::MemberIndex from, core::Message message) override;
   void PeerDown(core::MemberIndex member, absl::Status why) override;
-  void Fail(absl::Status why) override;
+  void Fail(absl::Status why, bool discard) override;
   JobSnapshot Snapshot() override;
   const core::JobPlan& plan() const override { return plan_; }
   const JobRequest& request() const override { return request_; }
@@ -134,7 +134,7 @@ class JobRunnerImpl : public JobRunner {
   void Do(core::StartAccumulate& action);
   void Do(core::StartSetAside& action);
   void Do(core::DropAside& action);
-  StagedGradient FindStaged(core::SlotIndex slot, core::UnitIndex u, uint64_t offset) const;
+  StagedGradient FindStaged(core::SlotIndex slot, core::UnitIndex u, uint64_t cookie) const;
   void CopyAside(const core::StartSetAside& action, std::shared_ptr<SetAsideTask> task,
                  SideBuffer::Memory memory);
   void GiveSideMemoryBack();

@@ -133,7 +133,8 @@ absl::Duration JobRunnerImpl::CheckTimers() {
   if (expired(deserted, &deserted_since_, linger_seconds)) {
     job_->OnFail(absl::DeadlineExceededError(absl::StrCat(
         "no trainer of job '", request_.id, "' has come back within ", linger_seconds,
-        " seconds (zerod.linger_seconds): its state is freed")));
+        " seconds (zerod.linger_seconds): its state is freed")),
+                  /*discard=*/true);
   } else if (expired(job_->state() == core::JobState::kForming && AttachedClients() > 0,
                      &forming_since_, config.attach_timeout_seconds)) {
     job_->OnFail(absl::DeadlineExceededError(absl::StrCat(

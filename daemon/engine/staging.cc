@@ -18,21 +18,23 @@ using core::UnitIndex;
 // Where a client's gradient lies in its staging; `data` null where its request is gone: it died or
 // was detached, its generation ends, and with it this step.
 StagedGradient JobRunnerImpl::FindStaged(core::SlotIndex slot, UnitIndex u,
-                                         uint64_t offset) const {
+                                         uint64_t cookie) const {
   const core::Unit& unit = request_.layout->units()[u];
   StagedGradient staged;
   staged.touched.resize(unit.parameters.size());
   staged.client = slots_[slot].client;
   if (staged.client == nullptr) return staged;
-  for (const auto& [cookie, request] : staged.client->pending) {
-    if (request.op != shm::Op::kScatter || request.unit != u ||
-        request.staging_offset != offset || request.touched.size() != unit.parameters.size()) {
-      continue;
-    }
-    staged.touched = request.touched;
-    const uint64_t header = (unit.parameters.size() + 63) / 64 * 64;
-    staged.data = reinterpret_cast<const float*>(staged.client->gradient() + offset + header);
+  const auto found = staged.client->pending.find(cookie);
+  if (found == staged.client->pending.end()) return staged;
+  const PendingRequest& request = found->second;
+  if (request.op != shm::Op::kScatter || request.unit != u ||
+      request.touched.size() != unit.parameters.size()) {
+    return staged;
   }
+  staged.touched = request.touched;
+  const uint64_t header = (unit.parameters.size() + 63) / 64 * 64;
+  staged.data = reinterpret_cast<const float*>(staged.client->gradient() +
+                                               request.staging_offset + header);
   for (uint32_t p : unit.parameters) {
     staged.begins.push_back(request_.layout->parameters()[p].offset);
   }
@@ -50,7 +52,7 @@ void JobRunnerImpl::Do(core::StartAccumulate& action) {
     CHECK(aside != nullptr) << "nothing was set aside under number " << action.aside;
     task->gradient = *aside;
   } else {
-    task->gradient = FindStaged(slot, u, action.staging_offset);
+    task->gradient = FindStaged(slot, u, action.cookie);
   }
   task->add = book_->Accumulate(u, action.first, task->gradient.touched);
   if (task->gradient.data == nullptr) {
@@ -73,7 +75,7 @@ void JobRunnerImpl::Do(core::StartSetAside& action) {
   auto task = std::make_shared<SetAsideTask>();
   task->context = &move_;
   task->unit = action.unit;
-  task->from = FindStaged(action.slot, action.unit, action.staging_offset);
+  task->from = FindStaged(action.slot, action.unit, action.cookie);
   if (task->from.data == nullptr) {
     mailbox_->Post([this, action] { job_->OnSetAsideDone(action.unit, action.aside, false); });
     return;
@@ -107,6 +109,7 @@ void JobRunnerImpl::CopyAside(const core::StartSetAside& action,
     gradient.begins.push_back(next);
     if (gradient.touched[i]) next += request_.layout->parameters()[p].elements;
   }
+  CHECK_LE(next * sizeof(float), memory->bytes());
   gradient.data = task->to = reinterpret_cast<float*>(memory->data());
   gradient.aside = std::move(memory);
   task->begins = gradient.begins;

@@ -308,18 +308,15 @@ absl::Status JobTable::Delete(const std::string& id, absl::Duration timeout) {
   std::unique_lock lock(mu_);
   const auto it = jobs_.find(id);
   if (it == jobs_.end()) {
-    if (const auto lost = FindLost(id); lost != lost_.end()) {
-      lost_.erase(lost);
-      network_->SetLost(id, absl::OkStatus());
-      return absl::OkStatus();
-    }
+    if (Forget(id)) return absl::OkStatus();
     return absl::NotFoundError(absl::StrCat("there is no job \"", id, "\" on this node"));
   }
   const std::shared_ptr<Entry> entry = it->second;
   if (entry->state == State::kRunning) {
     Use use(this, entry);
     lock.unlock();
-    use->runner->Fail(absl::AbortedError(absl::StrCat("job ", id, " was deleted by an operator")));
+    use->runner->Fail(absl::AbortedError(absl::StrCat("job ", id, " was deleted by an operator")),
+                      /*discard=*/true);
   } else {
     lock.unlock();
   }
@@ -328,7 +325,10 @@ absl::Status JobTable::Delete(const std::string& id, absl::Duration timeout) {
     const auto now = jobs_.find(id);
     return now == jobs_.end() || now->second != entry;
   });
-  if (gone) return absl::OkStatus();
+  if (gone) {
+    Forget(id);  // it had failed already when it was deleted
+    return absl::OkStatus();
+  }
   return absl::DeadlineExceededError(absl::StrCat("job ", id, " is still ending: ask again"));
 }
 
@@ -351,7 +351,7 @@ void JobTable::FailAll(const absl::Status& why) {
       if (entry->state == State::kRunning) running.emplace_back(this, entry);
     }
   }
-  for (const Use& use : running) use->runner->Fail(why);
+  for (const Use& use : running) use->runner->Fail(why, /*discard=*/false);
 }
 
 bool JobTable::WaitEmpty(absl::Duration timeout) {
@@ -398,9 +398,7 @@ void JobTable::Reap() {
     }
     lock.lock();
     jobs_.erase(id);
-    if (absl::IsFailedPrecondition(entry->status) && last.snapshot.committed_step > 0) {
-      RememberLost(std::move(last));
-    }
+    if (last.snapshot.lost) RememberLost(std::move(last));
     changed_.notify_all();
   }
 }
@@ -413,6 +411,14 @@ void JobTable::RememberLost(JobInfo info) {
   if (lost_.size() <= limits_.lost_jobs_max) return;
   network_->SetLost(lost_.front().request.id, absl::OkStatus());
   lost_.pop_front();
+}
+
+bool JobTable::Forget(const std::string& id) {
+  const auto lost = FindLost(id);
+  if (lost == lost_.end()) return false;
+  lost_.erase(lost);
+  network_->SetLost(id, absl::OkStatus());
+  return true;
 }
 
 std::deque<JobInfo>::iterator JobTable::FindLost(const std::string& id) {

@@ -78,7 +78,7 @@ class JobTable {
   // The committed blob of the session's rank.
   absl::StatusOr<std::pair<core::Step, std::string>> ClientState(const Session& session);
 
-  // Also the lost ones: those that had committed a step when a member was lost. Their ids are
+  // Also the lost ones: those that failed with a committed state. Their ids are
   // refused, so that nobody starts from step 0 without knowing it, until Delete.
   std::vector<JobInfo> List();
   size_t size();
@@ -115,6 +115,7 @@ class JobTable {
   void OnEnded(const std::weak_ptr<Entry>& weak, const absl::Status& status);
   void Reap();
   void RememberLost(JobInfo info);
+  bool Forget(const std::string& id);  // a lost one; false where there is none
   std::deque<JobInfo>::iterator FindLost(const std::string& id);
 
   const MakeRunner make_runner_;

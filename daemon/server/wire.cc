@@ -230,6 +230,7 @@ void Item(A& a, Ref<A, core::Want> v) {
   a.Number(v.unit);
   a.Number(v.version);
   a.Bool(v.demand);
+  a.Bool(v.again);
 }
 template <typename A>
 void Item(A& a, Ref<A, core::GradientsReady> v) {
@@ -270,6 +271,7 @@ void Item(A& a, Ref<A, core::ScalarReady> v) {
 template <typename A>
 void Item(A& a, Ref<A, core::Failed> v) {
   a.StatusValue(v.status);
+  a.Bool(v.discard);
 }
 template <typename A>
 void Item(A& a, Ref<A, core::Forecasted> v) {
@@ -315,6 +317,7 @@ void Body(A& a, Ref<A, core::Append> v) {
 template <typename A>
 void Body(A& a, Ref<A, core::FailJob> v) {
   a.StatusValue(v.status);
+  a.Bool(v.discard);
 }
 
 template <typename A>

@@ -83,7 +83,8 @@ TEST_F(NodeSumTest, WhatWaitsIsSetAsideAndAddedInItsPlace) {
   ASSERT_EQ(aside.size(), 1u);  // the oldest, and no more than asked for
   EXPECT_EQ(aside[0].unit, 0u);
   EXPECT_EQ(aside[0].staging_offset, 500u);
-  EXPECT_EQ(aside[0].bytes, 4000u);
+  EXPECT_EQ(aside[0].cookie, 31u);
+  EXPECT_EQ(aside[0].bytes, 4096u);  // whole pages
   // Its turn comes while it is copied: it is added from where it goes.
   job_->OnScatter(0, 33, 0, 1, false, 700, {true});
   EXPECT_EQ(Accumulated(), (std::vector<uint64_t>{700}));
@@ -110,6 +111,22 @@ TEST_F(NodeSumTest, WhatWaitsIsSetAsideAndAddedInItsPlace) {
   RunEngine();
   EXPECT_TRUE(Answer(35).ok());
   EXPECT_EQ(applied_.size(), 2u);
+}
+
+TEST_F(NodeSumTest, AScatterOfNothingTakesNoMemoryAndKeepsItsPlace) {
+  for (uint64_t cookie = 31; cookie < 41; ++cookie) {
+    job_->OnScatter(1, cookie, 0, 1, false, 500, {false});
+    EXPECT_TRUE(Answer(cookie).ok());
+    job_->OnMakeRoom(1);
+  }
+  EXPECT_TRUE(Take<StartSetAside>().empty());
+  EXPECT_TRUE(Take<StartAccumulate>().empty());
+  job_->OnScatter(1, 41, 0, 1, true, 600, {true});  // its eleventh
+  EXPECT_TRUE(Take<StartAccumulate>().empty());
+  job_->OnStep(0, 42, 1, Hyper(1), {});
+  const std::vector<StartAccumulate> next = Take<StartAccumulate>();
+  ASSERT_EQ(next.size(), 1u);
+  EXPECT_EQ(next[0].cookie, 41u);
 }
 
 TEST_F(NodeSumTest, WhatIsAddedAnywayIsNotSetAside) {

@@ -62,6 +62,21 @@ TEST_F(WantQueueTest, DemandOvertakesForecastAndKeepsItsOwnOrder) {
   EXPECT_EQ(Begin(), (Gathers{{1, 0b01}}));
 }
 
+TEST_F(WantQueueTest, WhatIsWaitedForOvertakesOthersForecastOnceOnly) {
+  queue_.Restart(0);
+  queue_.Begun(0);
+  queue_.Begun(0);
+  queue_.Add(1, 0, false);
+  queue_.Add(2, 0, false);
+  queue_.Promote(2);
+  queue_.Promote(3);  // has begun already
+  queue_.Ended(0);
+  EXPECT_EQ(Begin(), (Gathers{{2, 0b01}}));
+  queue_.Promote(2);
+  queue_.Ended(0);
+  EXPECT_EQ(Begin(), (Gathers{{1, 0b01}}));
+}
+
 TEST_F(WantQueueTest, AnotherVersionForgetsWhatWaitedAndNotWhatMoves) {
   queue_.Restart(0);
   queue_.Begun(0);

@@ -3,7 +3,9 @@
 // Clients that die, lie or never come, and what is left behind: nothing.
 #include <dirent.h>
 
+#include <algorithm>
 #include <limits>
+#include <set>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
@@ -288,6 +290,58 @@ TEST(Garbage, AStagedGradientMustLieInItsFile) {
   }
 }
 
+// Two gradients of one unit at one place in staging, of which the first says that it is small: what
+// is set aside for it must not be measured by one and copied by the other.
+TEST(Garbage, TwoGradientsAtOnePlaceAreEachWhatTheirRequestSays) {
+  ClusterOptions options = Small(2, "\"gradient_plan\": \"node_sum\"");
+  options.model = SmallModel(core::DType::kFloat32, 2, 300);
+  Cluster cluster(options);
+  auto processes = MakeProcesses(2);
+  auto clients = AttachAll(&cluster, processes);
+  OnEach(clients, [](uint32_t, FakeClient& client) { EXPECT_TRUE(client.Barrier().ok()); });
+  const auto& units = cluster.layout().units();
+  const auto large = std::max_element(
+      units.begin(), units.end(),
+      [](const auto& a, const auto& b) { return a.parameters.size() < b.parameters.size(); });
+  const auto u = static_cast<UnitIndex>(large - units.begin());
+  const size_t parameters = large->parameters.size();
+  ASSERT_GT(parameters, 1u);
+  FakeClient& client = *clients[1];
+  // A request is handled before the next is taken.
+  const auto settle = [&] {
+    EXPECT_TRUE(client.Push(Entry(shm::Op::kRelease, u)).ok());
+    const absl::Time deadline = absl::Now() + absl::Minutes(1);
+    while (!client.AllTaken() && absl::Now() < deadline) std::this_thread::yield();
+    ASSERT_TRUE(client.AllTaken());
+  };
+  for (uint64_t i = 0; i < 40; ++i) {
+    const size_t touched = i % 2 == 0 ? 1 : parameters;
+    for (size_t p = 0; p < parameters; ++p) {
+      client.gradients()[p] = p + touched >= parameters ? std::byte{1} : std::byte{0};
+    }
+    shm::SubmitEntry entry = Entry(shm::Op::kScatter, u);
+    entry.cookie = 1000 + i;
+    EXPECT_TRUE(client.Push(entry).ok());
+    settle();
+  }
+  for (int i = 0; i < 10; ++i) {
+    shm::SubmitEntry room = Entry(shm::Op::kMakeRoom, 0);
+    room.cookie = 0;
+    EXPECT_TRUE(client.Push(room).ok());
+    settle();
+  }
+  // The job goes on: the other rank's turn comes, and everything is added.
+  EXPECT_TRUE(clients[0]->EndMicroStep().ok());
+  std::set<uint64_t> answered;
+  for (int i = 0; i < 40; ++i) {
+    const auto answer = client.AwaitAny();
+    ASSERT_TRUE(answer.ok()) << answer.status();
+    answered.insert(answer->cookie);
+  }
+  EXPECT_EQ(answered.size(), 40u);
+  EXPECT_EQ(*answered.begin(), 1000u);
+}
+
 TEST(Garbage, ARequestForAnotherStepIsAnsweredWithAnError) {
   Cluster cluster(Small(1));
   cluster.RunClients([&](uint32_t, FakeClient& client) {
@@ -342,7 +396,7 @@ TEST(Limits, AnOperatorCanEndAJob) {
   Cluster cluster(Small(1));
   const auto attachment = cluster.Attach(0);
   auto client = cluster.Client(0, *attachment);
-  cluster.runner(0).Fail(absl::CancelledError("deleted by the operator"));
+  cluster.runner(0).Fail(absl::CancelledError("deleted by the operator"), /*discard=*/true);
   EXPECT_EQ(client->WaitForFailure().code(), absl::StatusCode::kCancelled);
   EXPECT_EQ(cluster.WaitForEnd(0).code(), absl::StatusCode::kCancelled);
 }

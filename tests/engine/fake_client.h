@@ -37,6 +37,7 @@ class FakeClient {
   // Pushes any entry and waits for its completion where it has a cookie.
   absl::StatusOr<shm::CompleteEntry> Request(shm::SubmitEntry entry);
   absl::StatusOr<shm::CompleteEntry> Await(const shm::SubmitEntry& entry);
+  absl::StatusOr<shm::CompleteEntry> AwaitAny();
   absl::Status Push(const shm::SubmitEntry& entry) { return ring_->Push(entry); }
   void RingDoorbell();
   // Waits until the attachment has failed, and says how; OK after a minute.
@@ -72,6 +73,9 @@ class FakeClient {
   absl::Status Detach();
 
   shm::SubmitPage* submit() { return reinterpret_cast<shm::SubmitPage*>(map_[0]); }
+  std::byte* gradients() { return map_[2]; }
+  // The daemon has taken everything that was pushed.
+  bool AllTaken() { return complete()->sq_head.load() == submit()->tail.load(); }
 
  private:
   const shm::CompletePage* complete() const {

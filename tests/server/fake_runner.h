@@ -37,13 +37,15 @@ class FakeRunner : public engine::JobRunner {
     std::lock_guard lock(mu_);
     downs_.emplace_back(member, std::move(why));
   }
-  void Fail(absl::Status why) override { End(std::move(why)); }
+  void Fail(absl::Status why, bool /*discard*/) override { End(std::move(why)); }
   engine::JobSnapshot Snapshot() override {
     std::lock_guard lock(mu_);
     return snapshot_;
   }
-  void SetCommitted(core::Step step, const std::string& reason) {
+  // From now on it is one that failed with a state somebody may come back for.
+  void SetLost(core::Step step, const std::string& reason) {
     std::lock_guard lock(mu_);
+    snapshot_.lost = true;
     snapshot_.committed_step = step;
     snapshot_.reason = reason;
   }

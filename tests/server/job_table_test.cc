@@ -181,7 +181,7 @@ TEST_F(JobTableTest, AnotherJobOfTheSameNameIsToldWhatDiffers) {
 
 TEST_F(JobTableTest, ALostJobIsNotBegunAnewUntilItIsDeleted) {
   ASSERT_TRUE(table_.Attach(NewSession(), Arguments("a")).ok());
-  runner_->SetCommitted(7, "lost the shards of member 1");
+  runner_->SetLost(7, "lost the shards of member 1");
   runner_->End(absl::FailedPreconditionError("lost the shards of member 1"));
   ASSERT_TRUE(table_.WaitEmpty(absl::Seconds(20)));
   const absl::Status refused = table_.Attach(NewSession(), Arguments("a")).status();
@@ -199,7 +199,6 @@ TEST_F(JobTableTest, AJobThatLostNothingMayBeginAnew) {
   for (const absl::Status& end :
        {absl::OkStatus(), absl::AbortedError("deleted"), absl::FailedPreconditionError("early")}) {
     ASSERT_TRUE(table_.Attach(NewSession(), Arguments("a")).ok()) << end;
-    runner_->SetCommitted(absl::IsFailedPrecondition(end) ? 0 : 7, "");
     runner_->End(end);
     ASSERT_TRUE(table_.WaitEmpty(absl::Seconds(20)));
   }
@@ -210,7 +209,7 @@ TEST_F(JobTableTest, OnlyTheNewestLostJobsAreRemembered) {
   for (int i = 0; i < 4; ++i) {
     const std::string id = std::string("lost") + std::to_string(i);
     ASSERT_TRUE(table_.Attach(NewSession(), Arguments(id)).ok());
-    runner_->SetCommitted(1, id);
+    runner_->SetLost(1, id);
     runner_->End(absl::FailedPreconditionError(id));
     ASSERT_TRUE(table_.WaitEmpty(absl::Seconds(20)));
   }

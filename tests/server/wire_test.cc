@@ -40,7 +40,7 @@ core::Message FullReport() {
   report.items.push_back(core::Joined{{1, 2}, {3, 4}, 8, 2});
   report.items.push_back(core::ClientAttached{5});
   report.items.push_back(core::ClientGone{6, true, "left"});
-  report.items.push_back(core::Want{1, uint64_t{1} << 40, true});
+  report.items.push_back(core::Want{1, uint64_t{1} << 40, true, true});
   report.items.push_back(core::GradientsReady{2, 9, 255});
   report.items.push_back(core::StepReady{9, false, "lr differs", SomeHyper(), {4, 5}});
   core::NormReady norm;
@@ -55,7 +55,7 @@ core::Message FullReport() {
   scalar.ranks = {0, 1};
   scalar.values = {{core::ScalarOp::kMax, {1.0, 2.0}}, {core::ScalarOp::kSum, {}}};
   report.items.push_back(scalar);
-  report.items.push_back(core::Failed{absl::ResourceExhaustedError("no memory")});
+  report.items.push_back(core::Failed{absl::ResourceExhaustedError("no memory"), true});
   report.items.push_back(core::Forecasted{uint64_t{1} << 41});
   return report;
 }
@@ -122,6 +122,8 @@ TEST(Wire, FieldsArrive) {
   EXPECT_EQ(std::get<core::NormReady>(items[6]).part.touched,
             (std::vector<bool>{true, false, true, true, false, false, true, false, true}));
   EXPECT_TRUE(std::get<core::Want>(items[3]).demand);
+  EXPECT_TRUE(std::get<core::Want>(items[3]).again);
+  EXPECT_TRUE(std::get<core::Failed>(items[9]).discard);
   EXPECT_TRUE(std::get<core::StateRequest>(items[7]).put);
   EXPECT_EQ(std::get<core::StateRequest>(items[7]).kind, core::StateKind::kExpAvgSq);
   EXPECT_EQ(std::get<core::Forecasted>(items[10]).version, uint64_t{1} << 41);

@@ -85,7 +85,7 @@ MUTANTS = [
     ("generation_amid_set_aside", "job_log.cc",
      "             setting_aside_ == 0 &&\n", ""),
     ("accumulate_over", "job_gradients.cc",
-     "/*first=*/!u.accumulated, ", "/*first=*/next.index == 0, "),
+     "/*first=*/!u.accumulated,", "/*first=*/next.index == 0,"),
     ("untouched_applied", "job_log.cc",
      "    if (!e.decision.touched[p]) continue;\n    ++parameter_steps_[p];",
      "    ++parameter_steps_[p];\n    if (!e.decision.touched[p]) continue;"),

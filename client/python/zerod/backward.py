@@ -44,8 +44,9 @@ class Expectation:
         self._missing = list(self._in_unit)
 
     def add(self, index: int) -> None:
-        count = min(self._counts[index] + 1, _COUNT_MAX)
-        self._counts[index] = count
+        if self._counts[index] == _COUNT_MAX:
+            return
+        count = self._counts[index] = self._counts[index] + 1
         if self._expected is not None and count == self._expected[index]:
             self._missing[self._unit_of[index]] -= 1
 

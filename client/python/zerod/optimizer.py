@@ -2,6 +2,7 @@
 """The optimizer as the training script sees it: its groups. The state and the update are the
 daemon's."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -74,7 +75,16 @@ class AdamW(torch.optim.Optimizer):
             group.update({key: value for key, value in values.items() if key != "params"})
 
     def groups(self) -> list[_zerod.Group]:
-        """The groups' values of this moment, for STEP."""
+        """The groups' values of this moment, for STEP. ValueError for what no step can take."""
+        for i, group in enumerate(self.param_groups):
+            values = [group["lr"], *group["betas"], group["eps"], group["weight_decay"]]
+            usable = all(0 <= beta < 1 for beta in group["betas"]) and group["eps"] >= 0
+            if not usable or not all(math.isfinite(v) for v in values):
+                raise ValueError(
+                    f"parameter group {i}: lr {group['lr']}, betas {group['betas']}, eps "
+                    f"{group['eps']}, weight_decay {group['weight_decay']}: betas must lie in "
+                    "[0, 1), eps must not be negative, all must be finite"
+                )
         return [
             _zerod.Group(
                 lr=float(group["lr"]),
