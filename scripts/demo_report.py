@@ -37,6 +37,9 @@ def print_table(results: dict) -> None:
         rows.append((f"trainer {rank}: memory (PSS)", bytes_text(size)))
     for i, seconds in enumerate(results.get("seconds_from_kill_to_next_step", [])):
         rows.append((f"kill {i + 1}: next step after", f"{seconds:.1f} s"))
+    if "start_and_import_seconds" in results:
+        alone = results["start_and_import_seconds"]
+        rows.append(("process start and imports alone", f"{alone:.1f} s"))
     width = max(len(name) for name, _ in rows)
     print()
     for name, value in rows:
