@@ -34,10 +34,6 @@ class LossScaler {
   // cannot be lowered any more: the training has diverged.
   absl::Status Update(bool overflow);
 
-  friend bool operator==(const LossScaler& a, const LossScaler& b) {
-    return a.scale_ == b.scale_ && a.hysteresis_ == b.hysteresis_ && a.good_ == b.good_;
-  }
-
  private:
   LossScaleSpec spec_;
   double scale_ = 1;

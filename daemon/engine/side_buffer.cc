@@ -1,27 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "daemon/engine/side_buffer.h"
 
-#include <algorithm>
 #include <utility>
 
 #include "base/status.h"
 
 namespace zerod::engine {
-namespace {
-
-constexpr uint64_t kPage = 4096;
-
-// One page at least: nothing cannot be mapped.
-uint64_t PageUp(uint64_t bytes) {
-  return std::max<uint64_t>(1, (bytes + kPage - 1) / kPage) * kPage;
-}
-
-}  // namespace
 
 SideBuffer::Memory SideBuffer::Reuse(uint64_t bytes, std::vector<Memory>* surplus) {
   on_their_way_ += bytes;
   for (Memory& memory : free_) {
-    if (memory->bytes() != PageUp(bytes)) continue;
+    if (memory->bytes() != bytes) continue;
     std::swap(memory, free_.back());
     Memory found = std::move(free_.back());
     free_.pop_back();
@@ -40,7 +29,7 @@ void SideBuffer::Put(uint64_t number, uint64_t bytes, StagedGradient gradient) {
 
 absl::StatusOr<SideBuffer::Memory> SideBuffer::Allocate(uint64_t bytes) const {
   ASSIGN_OR_RETURN(arena::Region region,
-                   arena_->Allocate(name_, PageUp(bytes), PageUp(bytes), arena::Access::kPrivate));
+                   arena_->Allocate(name_, bytes, bytes, arena::Access::kPrivate));
   return std::make_shared<const arena::Region>(std::move(region));
 }
 

@@ -2,9 +2,8 @@
 //
 // node_sum: memory for gradients that leave their clients' staging before their turn to be added
 // has come. Taken from the arena at need, kept for the next one of its size within the step, given
-// back at the step's end. Core bounds what lies here at a time; what is kept beside it goes before
-// both together exceed that bound (but for the rest of a page each). The loop only, but for
-// Allocate.
+// back at the step's end. Core counts in whole pages and bounds what lies here at a time; what is
+// kept beside it goes before both together exceed that bound. The loop only, but for Allocate.
 #pragma once
 
 #include <cstdint>
