@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from zerod import _zerod
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
@@ -37,6 +39,13 @@ def read_source(source: Source) -> str:
     except FileNotFoundError:
         raise FileNotFoundError(f"the configuration file {os.fspath(source)!r} does not exist") \
             from None
+
+
+def dtype(resolved: Mapping[str, Any]) -> torch.dtype:
+    """Of the parameters that the model computes with."""
+    if resolved["fp16"]["enabled"]:
+        return torch.float16
+    return torch.bfloat16 if resolved["bf16"]["enabled"] else torch.float32
 
 
 def resolve(text: str, world: int) -> dict[str, Any]:

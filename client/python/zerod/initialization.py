@@ -41,8 +41,9 @@ def initialize(
 ) -> tuple[Engine, torch.optim.Optimizer | None, Loader | None, Any]:
     """Hands the model's parameters to the daemon; returns engine, optimizer, loader, scheduler.
 
-    The arguments are DeepSpeed's. `config` is a dict or the path of a JSON file. `optimizer` is a
-    torch.optim.AdamW, or a function that makes one of parameters; `lr_scheduler` a scheduler, or a
+    The arguments are DeepSpeed's. `config` is a dict or the path of a JSON file. `optimizer` is one
+    of torch.optim that the daemon computes (AdamW, Adam, Adagrad, SGD) or of this package, or a
+    function that makes one of parameters; `lr_scheduler` a scheduler, or a
     function that makes one of the optimizer. `address` is the daemon's socket ("unix:/path"; else
     ZEROD_ADDRESS, else an embedded one). `seed` orders `training_data`.
 
@@ -54,10 +55,10 @@ def initialize(
     launch = Launch.from_environment()
     text = configuration.read_source(configuration.choose_source(args, config, config_params))
     resolved = configuration.resolve(text, launch.world)
-    dtype = torch.bfloat16 if resolved["bf16"]["enabled"] else torch.float32
+    dtype = configuration.dtype(resolved)
     built = optimizers.build(model, optimizer, model_parameters, resolved)
     description = describe(model, dtype, built)
-    client = _attach(text, resolved, description, launch, address, dtype)
+    client = _attach(text, resolved, description, built, launch, address, dtype)
     try:
         engine = _adopt(
             model, client, description, built, lr_scheduler, training_data, collate_fn, resolved,
@@ -73,6 +74,7 @@ def _attach(
     text: str,
     resolved: dict[str, Any],
     description: ModelDescription,
+    built: optimizers.Optimizer | None,
     launch: Launch,
     address: str,
     dtype: torch.dtype,
@@ -83,8 +85,9 @@ def _attach(
     client = _zerod.Client.attach(
         modules=description.modules,
         parameters=description.parameter_infos(),
+        groups=built.kinds() if built is not None else [],
         config=text,
-        dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+        dtype=str(dtype).removeprefix("torch."),
         address=address,
         job=job,
         attempt=launch.attempt,
@@ -107,7 +110,7 @@ def _adopt(
     model: nn.Module,
     client: Any,
     description: ModelDescription,
-    built: optimizers.AdamW | None,
+    built: optimizers.Optimizer | None,
     lr_scheduler: Any,
     training_data: Dataset[Any] | None,
     collate_fn: Callable[[list[Any]], Any] | None,
