@@ -236,3 +236,71 @@ def forked_workers(config: dict) -> list[float]:
     engine.backward(engine(zoo.batch(0, 9)).sum())
     engine.step()
     return [max(abs(a - b) for a, b in zip(got, expected)), engine.global_steps]
+
+
+class OneLayer(torch.nn.Module):
+    def __init__(self, hidden_size: int = 4) -> None:
+        super().__init__()
+        self.config = {"hidden_size": hidden_size}
+        self.layer = torch.nn.Linear(hidden_size, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+def schedules(cases: dict[str, tuple[str, dict, int]]) -> dict:
+    """{name: (rates, weights, weights of PyTorch's AdamW with the same rates and betas)}."""
+    import zerod
+
+    results = {}
+    for name, (kind, params, steps) in cases.items():
+        torch.manual_seed(1)
+        model = OneLayer()
+        plain = OneLayer()
+        plain.load_state_dict(model.state_dict())
+        theirs = torch.optim.AdamW(plain.parameters(), weight_decay=0.0)
+        engine, *_ = zerod.initialize(model=model, config={
+            "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0,
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.5, "weight_decay": 0.0}},
+            "scheduler": {"type": kind, "params": params},
+            "zerod": {"job": "schedule-" + name.replace(" ", "-")},
+        })
+        rates = []
+        for step in range(steps):
+            x = torch.randn(2, 4, generator=torch.Generator().manual_seed(step))
+            rates.append(engine.get_lr()[0])
+            theirs.param_groups[0].update(lr=rates[-1], betas=engine.get_mom()[0])
+            engine.backward(engine(x).sum())
+            engine.step()
+            plain(x).sum().backward()
+            theirs.step()
+            theirs.zero_grad()
+        results[name] = (rates, engine.state_dict(), plain.state_dict())
+        engine.destroy()
+    return results
+
+
+def resolve(texts: list[str], **options) -> list:
+    """What the real parser makes of each: the configuration, or its error's text."""
+    from zerod import config
+
+    answers = []
+    for text in texts:
+        try:
+            answers.append(config.resolve(text, 1, **options).config)
+        except ValueError as error:
+            answers.append(str(error))
+    return answers
+
+
+def initialized(config: dict, hidden_size: int = 4) -> dict:
+    """What an engine and its daemon have of a configuration; or the error's text."""
+    import zerod
+
+    try:
+        engine, *_ = zerod.initialize(model=OneLayer(hidden_size), config=config)
+    except ValueError as error:
+        return {"error": str(error)}
+    engine.backward(engine(torch.ones(2, hidden_size)).sum())
+    engine.step()
+    return {"engine": engine.config, "daemon": json.loads(engine.client.resolved_config)}
