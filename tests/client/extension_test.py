@@ -176,7 +176,7 @@ def test_waits_let_other_threads_run(daemon):
 def test_errors_have_their_class_and_code():
     with pytest.raises(ValueError, match='did you mean "train_batch_size"'):
         _zerod.parse_config('{"train_batch": 8}', 1)
-    text = "{train_batch_size: 8, bfloat16: {enabled: true}, gradient_clipping: auto}"
+    text = "{train_batch_size: 8, bfloat16: {enabled: true}, gradient_clipping: 'auto'}"
     with pytest.raises(ValueError, match='"auto" cannot be resolved for gradient_clipping'):
         _zerod.parse_config(text, 2)
     parsed = json.loads(_zerod.parse_config(text, 2, values={"gradient_clipping": "0.5"}))
