@@ -24,6 +24,10 @@ std::string Config::ToJson() const {
   }
   if (optimizer.type.empty()) document["optimizer"] = nullptr;
   if (scheduler.type.empty()) document["scheduler"] = nullptr;
+  if (Contains(TorchSchedulers(), scheduler.type)) {
+    Json& params = document["scheduler"]["params"] = Json::object();
+    for (const auto& [name, value] : scheduler.torch_params) params[name] = Json::parse(value);
+  }
   return document.dump(-1, ' ', /*ensure_ascii=*/false, Json::error_handler_t::replace);
 }
 

@@ -19,6 +19,15 @@ namespace zerod {
 
 enum class GradientPlanChoice { kAuto, kPerRank, kNodeSum };
 
+// A learning rate, or a momentum: one for every parameter group, or one for each of them.
+struct Rates {
+  Rates() = default;
+  Rates(double rate) : values{rate} {}  // NOLINT: a number is the usual case
+  std::vector<double> values = {0.0};   // never empty; one where !per_group
+  bool per_group = false;               // written as a list
+  friend bool operator==(const Rates&, const Rates&) = default;
+};
+
 struct Config {
   // The batch triangle; after Parse all three are positive and
   // train_batch_size == micro_batch_size * gradient_accumulation_steps * world.
@@ -187,9 +196,11 @@ struct Config {
   } optimizer;
 
   struct Scheduler {
-    std::string type;  // "WarmupLR" or empty: constant
-    double warmup_min_lr = 0.0;
-    double warmup_max_lr = 0.001;  // where the key is left out: optimizer.params.lr
+    // One of DeepSpeed's five, a class of torch.optim.lr_scheduler, or empty: a constant rate.
+    std::string type;
+    Rates warmup_min_lr = 0.0;
+    // Nothing: each group's own rate. After Parse a WarmupDecayLR has one: 0.001.
+    std::optional<Rates> warmup_max_lr;
     uint64_t warmup_num_steps = 1000;
     std::string warmup_type = "log";  // "log" or "linear"
 
@@ -198,8 +209,8 @@ struct Config {
     double warmup_min_ratio = 0;              // WarmupCosineLR
     double cos_min_ratio = 0.0001;            // WarmupCosineLR
     // OneCycle
-    std::optional<double> cycle_min_lr;
-    std::optional<double> cycle_max_lr;
+    std::optional<Rates> cycle_min_lr;
+    std::optional<Rates> cycle_max_lr;
     double decay_lr_rate = 0;
     uint64_t cycle_first_step_size = 2000;
     std::optional<uint64_t> cycle_second_step_size;  // nothing: as the first
@@ -207,14 +218,17 @@ struct Config {
     std::optional<uint64_t> cycle_second_stair_count;  // nothing: as the first
     uint64_t decay_step_size = 0;
     bool cycle_momentum = true;
-    double cycle_min_mom = 0.8;
-    double cycle_max_mom = 0.9;
+    Rates cycle_min_mom = 0.8;
+    Rates cycle_max_mom = 0.9;
     double decay_mom_rate = 0;
     // LRRangeTest
-    double lr_range_test_min_lr = 1e-3;
+    Rates lr_range_test_min_lr = 1e-3;
     uint64_t lr_range_test_step_size = 2000;
     double lr_range_test_step_rate = 1.0;
     bool lr_range_test_staircase = false;
+    // Of PyTorch's classes: arguments of the constructor by name, as JSON text. What they mean is
+    // PyTorch's to say.
+    std::map<std::string, std::string> torch_params;
     friend bool operator==(const Scheduler&, const Scheduler&) = default;
   } scheduler;
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <iterator>
 #include <set>
 #include <string>
 
@@ -48,8 +49,8 @@ class Resolver {
   explicit Resolver(ParseState* state) : state_(*state) {}
 
   void Run() {
-    if (values() != nullptr) CheckHiddenSizes();
     ResolveGivenValues();
+    if (values() != nullptr && NeedsHiddenSize()) CheckHiddenSizes();
     for (const std::string& path : AutoPaths()) {
       if (values() == nullptr || !ByRule(path)) unresolved_.push_back(path);
     }
@@ -76,7 +77,24 @@ class Resolver {
       const bool can_choose = Contains(key.choices, "auto");
       if (key.slot != nullptr && !can_choose && IsAuto(path)) paths.push_back(path);
     }
+    AddTorchParams(&paths);
     return paths;
+  }
+
+  // Parameters of PyTorch's schedulers are not in the table.
+  void AddTorchParams(Words* paths) const {
+    const Json& params = ValueAt(state_.document, "scheduler.params");
+    if (!params.is_object()) return;
+    for (const auto& [name, value] : params.items()) {
+      const std::string path = absl::StrCat("scheduler.params.", name);
+      if (value != "auto" || !IsIdentifier(name) || Contains(*paths, path)) continue;
+      if (FindConfigKey(path) == nullptr) paths->push_back(path);
+    }
+  }
+
+  bool NeedsHiddenSize() const {
+    return std::any_of(std::begin(kHiddenRules), std::end(kHiddenRules),
+                       [this](const HiddenRule& rule) { return IsAuto(rule.path); });
   }
 
   void Resolve(const std::string& path, Json value, absl::string_view rule) {
@@ -134,11 +152,7 @@ class Resolver {
       Resolve(path, Json::parse(rule.value), "its own rule");
       return true;
     }
-    if (path == "scheduler.params.warmup_max_lr") {
-      if (!ValueAt(state_.document, "optimizer.params.lr").is_number()) return false;
-      Derive(path, "optimizer.params.lr");
-      return true;
-    }
+    if (path == "scheduler.params.warmup_max_lr") return OfOptimizer(path);
     if (path == kTrainBatch || path == kMicroBatch || path == kAccumulation) {
       const bool known = ValueAt(state_.document, kTrainBatch).is_number() ||
                          ValueAt(state_.document, kMicroBatch).is_number();
@@ -146,6 +160,19 @@ class Resolver {
       return known;
     }
     return false;
+  }
+
+  // The optimizer's rate: the configuration's, or of a WarmupLR what it takes by itself.
+  bool OfOptimizer(const std::string& path) {
+    const Json& rate = ValueAt(state_.document, "optimizer.params.lr");
+    if (rate.is_number()) {
+      Resolve(path, rate, "optimizer.params.lr");
+    } else if (rate.is_null() && ValueAt(state_.document, "scheduler.type") == "WarmupLR") {
+      Derive(path, "each group's own rate");
+    } else {
+      return false;
+    }
+    return true;
   }
 
   void Report() {

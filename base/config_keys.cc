@@ -15,6 +15,8 @@ namespace {
 
 constexpr size_t kNameBytesMax = 1024;
 constexpr size_t kJobBytesMax = 128;
+constexpr size_t kIdentifierBytesMax = 60;
+constexpr size_t kRatesMax = 64;  // kGroupsMax of proto/shm/format.h
 
 // The names directly within `block`, blocks included, in the table's order.
 Words NamesWithin(absl::string_view block) {
@@ -63,7 +65,7 @@ class Reader {
   void operator()(int64_t* out) const { ReadWhole(out); }
 
   void operator()(std::optional<uint64_t>* out) const {
-    if (value_.is_number_float() && std::isinf(value_.get<double>())) {
+    if (key_.or_never && value_.is_number_float() && std::isinf(value_.get<double>())) {
       *out = std::nullopt;  // "every Infinity steps": never
     } else {
       ReadOptional(out);
@@ -72,9 +74,26 @@ class Reader {
   void operator()(std::optional<double>* out) const { ReadOptional(out); }
   void operator()(std::optional<bool>* out) const { ReadOptional(out); }
   void operator()(std::optional<std::string>* out) const { ReadOptional(out); }
+  void operator()(std::optional<Rates>* out) const { ReadOptional(out); }
 
   void operator()(double* out) const {
     if (!ReadReal(value_, out)) RefuseNumber("a number");
+  }
+
+  void operator()(Rates* out) const {
+    static constexpr char kOrList[] = ", or a list of such, one for each parameter group";
+    Rates rates;
+    if (!value_.is_array()) {
+      if (!ReadReal(value_, &rates.values[0])) return RefuseNumber("a number", kOrList);
+    } else {
+      if (value_.empty() || value_.size() > kRatesMax) return RefuseNumber("a number", kOrList);
+      rates.per_group = true;
+      rates.values.resize(value_.size());
+      for (size_t i = 0; i < value_.size(); ++i) {
+        if (!ReadReal(value_[i], &rates.values[i])) return RefuseNumber("a number", kOrList);
+      }
+    }
+    *out = std::move(rates);
   }
 
   void operator()(bool* out) const {
@@ -187,19 +206,22 @@ class Reader {
                                 kNameBytesMax, " bytes without control characters"));
   }
 
-  // `noun` is "a number" or "a whole number".
-  void RefuseNumber(absl::string_view noun) const {
+  // `noun` is "a number" or "a whole number"; `more` is what else is allowed.
+  void RefuseNumber(absl::string_view noun, absl::string_view more = "") const {
     const auto text = [](double v) { return Json(v).dump(); };
     const auto whole = [](double v) {
       return v < 0 ? absl::StrCat(static_cast<int64_t>(v)) : absl::StrCat(static_cast<uint64_t>(v));
     };
     const bool is_whole = noun != "a number";
     const bool has_max = key_.max < kRealMax;
-    if (key_.min == -kRealMax) return Refuse(noun);
+    if (key_.min == -kRealMax) return Refuse(absl::StrCat(noun, more));
     std::string allowed = absl::StrCat(noun, has_max ? " from " : " of at least ",
                                        is_whole ? whole(key_.min) : text(key_.min));
-    if (has_max) absl::StrAppend(&allowed, " to ", is_whole ? whole(key_.max) : text(key_.max));
-    Refuse(allowed);
+    if (has_max) {
+      absl::StrAppend(&allowed, key_.max_excluded ? " to less than " : " to ",
+                      is_whole ? whole(key_.max) : text(key_.max));
+    }
+    Refuse(absl::StrCat(allowed, more));
   }
 
   bool InRange(double v) const {
@@ -241,6 +263,11 @@ class Reader {
                                                  AnyOf(key_.choices)));
         }
         return i;
+      }
+      for (const auto& [name, why] : key_.refused) {
+        if (word != name) continue;
+        problems_->Add(key_.path, absl::StrCat(Quoted(name), " is not served: ", why));
+        return all.size();
       }
       if (const std::string nearest = NearestWord(word, all); !nearest.empty()) {
         Refuse(absl::StrCat(AnyOf(key_.choices), "; did you mean ", Quoted(nearest), "?"));
@@ -289,6 +316,12 @@ class Reader {
 
 struct Writer {
   const ConfigKey& key;
+  Json operator()(Rates* rates) const {
+    return rates->per_group ? Json(rates->values) : Json(rates->values[0]);
+  }
+  Json operator()(std::optional<Rates>* rates) const {
+    return rates->has_value() ? (*this)(&**rates) : Json(nullptr);
+  }
   Json operator()(std::optional<Words>* words) const {
     return words->has_value() ? Json(**words) : Json("auto");
   }
@@ -361,6 +394,12 @@ bool IsOfType(const ConfigKey& key, const Config& config) {
   if (key.types.empty()) return true;
   const bool scheduler = absl::StartsWith(key.path, "scheduler.");
   return Contains(key.types, scheduler ? config.scheduler.type : config.optimizer.type);
+}
+
+bool IsIdentifier(absl::string_view name) {
+  return !name.empty() && name.size() <= kIdentifierBytesMax && !absl::ascii_isdigit(name[0]) &&
+         std::all_of(name.begin(), name.end(),
+                     [](char c) { return absl::ascii_isalnum(c) || c == '_'; });
 }
 
 bool IsGatedOff(const ConfigKey& key, const Config& config) {

@@ -23,7 +23,7 @@ using Words = std::vector<std::string>;
 using Slot = std::variant<uint64_t*, uint32_t*, int64_t*, double*, bool*, std::string*, Words*,
                           std::optional<uint64_t>*, std::optional<double>*, std::optional<bool>*,
                           std::optional<std::string>*, std::optional<Words>*, GradientPlanChoice*,
-                          Betas, Units*>;
+                          Betas, Units*, Rates*, std::optional<Rates>*>;
 
 // From the best to the worst.
 enum class Served {
@@ -53,9 +53,12 @@ struct ConfigKey {
   double min = 0;
   double max = 0;
   bool max_excluded = false;
+  bool or_never = false;  // Infinity is the same as null
   TextForm form = TextForm::kChoice;
   Words choices = {};  // of kChoice: what is served, in the order of the enum where there is one
   Words later = {};    // of kChoice: known, but not served yet
+  // Of kChoice: known and refused, each with why and what to do instead.
+  std::vector<std::pair<std::string, std::string>> refused = {};
   bool any_case = false;
   const Gate* gate = nullptr;
   Words types = {};   // of the optimizer or scheduler that has this parameter; empty: every one
@@ -81,6 +84,14 @@ void AppendOtherKeys(std::vector<ConfigKey>* keys);      // config_table_other.c
 // What whole numbers and reals may be.
 inline constexpr double kCountMax = 9007199254740992.0;  // 2^53: exact in a double
 inline constexpr double kRealMax = 1.7976931348623157e308;
+
+// Classes of torch.optim.lr_scheduler that need nothing but numbers and words. Their parameters
+// are not in the table.
+const Words& TorchSchedulers();  // config_table_optimizer.cc
+// The same with DeepSpeed's own: whose parameters are.
+const Words& DeepSpeedSchedulers();
+// Letters, digits and underscores, no digit first: what can name an argument.
+bool IsIdentifier(absl::string_view name);
 
 const ConfigKey* FindConfigKey(absl::string_view path);
 // True for what holds keys: "optimizer", "optimizer.params".

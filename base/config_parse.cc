@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "base/config_parse.h"
 
+#include <algorithm>
+#include <cmath>
 #include <string>
 #include <utility>
 
@@ -13,6 +15,7 @@ namespace zerod {
 namespace {
 
 constexpr size_t kWarningsMax = 64;
+constexpr char kSchedulerParams[] = "scheduler.params";
 
 // A key that has no slot: it can be switched off, or left out.
 void ReadSwitch(const ConfigKey& key, const Json& value, ParseState* state) {
@@ -40,6 +43,38 @@ void RefuseUnknown(const std::string& block, const std::string& name, bool error
   }
 }
 
+// Whether numbers are all that a file can write and read back.
+bool IsFinite(const Json& value) {
+  if (value.is_number_float()) return std::isfinite(value.get<double>());
+  return !value.is_structured() || std::all_of(value.begin(), value.end(), IsFinite);
+}
+
+// Whether "scheduler" has a type that the table's parameters are not for. One that there is not is
+// refused by itself, so its parameters need not be.
+bool HasOtherScheduler(const ParseState& state) {
+  const Json& type = ValueAt(state.document, "scheduler.type");
+  return type.is_string() && !Contains(DeepSpeedSchedulers(), type.get_ref<const std::string&>());
+}
+
+// Reads the arguments of one of PyTorch's schedulers, whatever they are.
+void ReadTorchParams(const Json& object, ParseState* state) {
+  for (const auto& [name, value] : object.items()) {
+    if (value.is_null()) continue;
+    const std::string path = JoinPath(kSchedulerParams, name);
+    if (!IsIdentifier(name)) {
+      state->problems.Add(path, "is not a name that an argument can have");
+    } else if (!IsFinite(value)) {
+      state->problems.Add(path, Abbreviated(value) + " is not allowed; numbers must be finite");
+    } else {
+      state->parsed.config.scheduler.torch_params[name] = value.dump(
+          -1, ' ', /*ensure_ascii=*/false, Json::error_handler_t::replace);
+      if (state->parsed.sources[path].kind == ValueSource::kDefault) {
+        state->SetSource(path, ValueSource::kFile);
+      }
+    }
+  }
+}
+
 // Reads the keys of one block and of the blocks within; how deep is bounded by the table.
 void ReadBlock(const Json& object, const std::string& block, bool strict, ParseState* state) {
   for (const auto& [name, value] : object.items()) {
@@ -55,7 +90,9 @@ void ReadBlock(const Json& object, const std::string& block, bool strict, ParseS
       }
       ReadKey(*key, value, &state->parsed.config, &state->problems);
     } else if (IsConfigBlock(path)) {
-      if (value.is_object()) {
+      if (value.is_object() && path == kSchedulerParams && HasOtherScheduler(*state)) {
+        ReadTorchParams(value, state);
+      } else if (value.is_object()) {
         ReadBlock(value, path, strict, state);
       } else if (!value.is_null()) {
         state->problems.Add(path, Abbreviated(value) + " is not allowed; it must be an object");
@@ -79,6 +116,10 @@ void CompleteSources(ParsedConfig* parsed) {
   for (const ConfigKey& key : ConfigKeys()) {
     if (key.slot == nullptr || !IsOfType(key, parsed->config)) continue;
     sources[key.path] = std::move(parsed->sources[key.path]);
+  }
+  for (const auto& [name, value] : parsed->config.scheduler.torch_params) {
+    const std::string path = JoinPath(kSchedulerParams, name);
+    sources[path] = std::move(parsed->sources[path]);
   }
   parsed->sources = std::move(sources);
 }

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <system_error>
+#include <utility>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -180,35 +182,50 @@ void ResolveOptimizer(ParseState* state) {
   if (optimizer.type == "Muon") by_type("optimizer.params.momentum", &optimizer.momentum, 0.95);
 }
 
-void CheckWarmup(ParseState* state) {
-  Config::Scheduler& scheduler = state->parsed.config.scheduler;
-  constexpr char kMax[] = "scheduler.params.warmup_max_lr";
-  if (state->problems.Concerns("scheduler") || state->problems.Concerns("optimizer")) return;
-  const bool given = state->Given(kMax);
-  const Config::Optimizer& optimizer = state->parsed.config.optimizer;
-  if (!given && optimizer.type.empty()) {
-    return state->problems.Add(
-        kMax, "is missing; give it, as there is no optimizer.params.lr to take it from");
+// The first pair of rates of which the lower is above the upper, or nothing.
+std::optional<std::pair<double, double>> FirstInverted(const Rates& low, const Rates& high) {
+  const size_t groups = std::max(low.values.size(), high.values.size());
+  for (size_t i = 0; i < groups; ++i) {
+    const double lower = low.values[low.per_group ? i : 0];
+    const double upper = high.values[high.per_group ? i : 0];
+    if (lower > upper) return std::pair(lower, upper);
   }
-  if (!given) {
-    scheduler.warmup_max_lr = optimizer.lr;
-    if (state->parsed.sources[kMax].kind == ValueSource::kDefault) {
-      state->SetSource(kMax, ValueSource::kDerived, "optimizer.params.lr");
+  return std::nullopt;
+}
+
+// The rate that a warm-up ends at: WarmupLR's is each group's own where none is given.
+void ResolveWarmup(ParseState* state) {
+  constexpr char kMin[] = "scheduler.params.warmup_min_lr";
+  constexpr char kMax[] = "scheduler.params.warmup_max_lr";
+  constexpr double kMaxOfDecay = 0.001;
+  Config::Scheduler& scheduler = state->parsed.config.scheduler;
+  if (!state->Given(kMax) && !state->problems.Concerns(kMax)) {
+    if (scheduler.type != "WarmupLR") {
+      scheduler.warmup_max_lr = kMaxOfDecay;
+    } else if (state->parsed.sources[kMax].kind == ValueSource::kDefault) {
+      state->SetSource(kMax, ValueSource::kDerived, "each group's own rate");
     }
   }
-  if (scheduler.warmup_min_lr > scheduler.warmup_max_lr) {
-    state->problems.Add("scheduler.params.warmup_min_lr",
-                        absl::StrCat(Json(scheduler.warmup_min_lr).dump(),
-                                     " is not allowed; it must be at most warmup_max_lr, which is ",
-                                     Json(scheduler.warmup_max_lr).dump(),
-                                     given ? "" : " (optimizer.params.lr)"));
+  if (!scheduler.warmup_max_lr.has_value() || state->problems.Concerns(kMin)) return;
+  const Rates& low = scheduler.warmup_min_lr;
+  const Rates& high = *scheduler.warmup_max_lr;
+  if (low.per_group && high.per_group && low.values.size() != high.values.size()) {
+    return state->problems.Add(kMin, absl::StrCat("has ", low.values.size(),
+                                                  " values and warmup_max_lr has ",
+                                                  high.values.size(),
+                                                  "; each parameter group needs one"));
+  }
+  if (const auto inverted = FirstInverted(low, high); inverted.has_value()) {
+    state->problems.Add(kMin, absl::StrCat(Json(inverted->first).dump(),
+                                           " is not allowed; it must be at most warmup_max_lr, "
+                                           "which is ", Json(inverted->second).dump()));
   }
 }
 
 void CheckScheduler(ParseState* state) {
   if (!HasType("scheduler",
-               "it must be \"WarmupLR\", or leave out \"scheduler\" for a constant learning rate",
-               state)) {
+               "name one of DeepSpeed's or PyTorch's, or leave out \"scheduler\" for a constant "
+               "learning rate", state)) {
     return;
   }
   const Config::Scheduler& scheduler = state->parsed.config.scheduler;
@@ -217,13 +234,13 @@ void CheckScheduler(ParseState* state) {
     state->problems.Add(path, absl::StrCat("is missing; ", state->parsed.config.scheduler.type,
                                            " needs it"));
   };
-  if (scheduler.type == "WarmupLR") return CheckWarmup(state);
+  if (scheduler.type == "WarmupLR" || scheduler.type == "WarmupDecayLR") ResolveWarmup(state);
   if (scheduler.type == "WarmupDecayLR" || scheduler.type == "WarmupCosineLR") {
     require("scheduler.params.total_num_steps", scheduler.total_num_steps.has_value());
     if (scheduler.total_num_steps.value_or(kCountMax) < scheduler.warmup_num_steps) {
       state->Warn("scheduler.params.total_num_steps",
                   absl::StrCat(*scheduler.total_num_steps, " is less than warmup_num_steps ",
-                               scheduler.warmup_num_steps, ": the rate never decays"));
+                               scheduler.warmup_num_steps, ": the warm-up does not end in time"));
     }
   } else if (scheduler.type == "OneCycle") {
     require("scheduler.params.cycle_min_lr", scheduler.cycle_min_lr.has_value());

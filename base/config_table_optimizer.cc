@@ -9,7 +9,10 @@ namespace {
 using C = Config;
 
 constexpr char kOptimizerLater[] = "LAMB and Muon come later";
-constexpr char kSchedulerLater[] = "other schedulers than WarmupLR come later";
+constexpr char kTakesFunction[] =
+    "it takes a function, which no file can hold; pass the scheduler itself as lr_scheduler=";
+constexpr char kTakesSchedulers[] =
+    "it takes other schedulers, which no file can hold; pass it itself as lr_scheduler=";
 
 const Words& Adams() {
   static const Words& types = *new Words{"AdamW", "Adam"};  // tidy: allow (never destroyed)
@@ -119,80 +122,96 @@ void AppendWarmupKeys(std::vector<ConfigKey>* keys) {
   const Words warmups = With({"WarmupLR"}, decays);
   const std::vector<ConfigKey> warmup = {
       {.path = "scheduler.type",
-       .note = "WarmupLR, or leave out \"scheduler\" for a constant rate, or pass one",
-       .slot = SLOT(scheduler.type), .choices = {"WarmupLR"},
-       .later = {"WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest", "LambdaLR",
-                 "MultiplicativeLR", "StepLR", "MultiStepLR", "ConstantLR", "LinearLR",
-                 "ExponentialLR", "PolynomialLR", "CosineAnnealingLR",
-                 "CosineAnnealingWarmRestarts", "CyclicLR", "OneCycleLR", "ReduceLROnPlateau"}},
-      {.path = "scheduler.params.warmup_min_lr", .note = "one number for all groups",
-       .slot = SLOT(scheduler.warmup_min_lr), .min = 0, .max = kRealMax, .types = rates},
+       .note = "DeepSpeed's five, and PyTorch's with its own arguments as params. Leave out "
+               "\"scheduler\" for a constant rate, or to pass one",
+       .slot = SLOT(scheduler.type), .choices = With(DeepSpeedSchedulers(), TorchSchedulers()),
+       .refused = {{"LambdaLR", kTakesFunction},
+                   {"MultiplicativeLR", kTakesFunction},
+                   {"ReduceLROnPlateau",
+                    "its step() takes a metric; call the scheduler's step() from the script"},
+                   {"SequentialLR", kTakesSchedulers},
+                   {"ChainedScheduler", kTakesSchedulers}}},
+      {.path = "scheduler.params.warmup_min_lr", .slot = SLOT(scheduler.warmup_min_lr), .min = 0,
+       .max = kRealMax, .types = rates},
       {.path = "scheduler.params.warmup_max_lr",
-       .note = "one number for all groups; left out: optimizer.params.lr",
+       .note = "left out: of WarmupLR each group's own rate, of WarmupDecayLR 0.001",
        .slot = SLOT(scheduler.warmup_max_lr), .min = 0, .max = kRealMax, .types = rates},
       {.path = "scheduler.params.warmup_num_steps", .note = "at least 1; 1 counts as 2",
        .slot = SLOT(scheduler.warmup_num_steps), .min = 1, .max = kCountMax, .types = warmups},
       {.path = "scheduler.params.warmup_type", .slot = SLOT(scheduler.warmup_type),
        .choices = {"log", "linear"}, .types = warmups},
-      {.path = "scheduler.params.last_batch_iteration", .served = Served::kNotYet,
-       .note = "a job's state brings back where its schedule was",
-       .slot = SLOT(scheduler.last_batch_iteration), .min = -1, .max = kCountMax},
-      {.path = "scheduler.params.total_num_steps", .served = Served::kNotYet,
-       .note = kSchedulerLater, .slot = SLOT(scheduler.total_num_steps), .min = 1,
-       .max = kCountMax, .types = decays},
-      {.path = "scheduler.params.warmup_min_ratio", .served = Served::kNotYet,
-       .note = kSchedulerLater, .slot = SLOT(scheduler.warmup_min_ratio), .min = 0, .max = 1,
-       .types = {"WarmupCosineLR"}},
-      {.path = "scheduler.params.cos_min_ratio", .served = Served::kNotYet,
-       .note = kSchedulerLater, .slot = SLOT(scheduler.cos_min_ratio), .min = 0, .max = 1,
-       .types = {"WarmupCosineLR"}},
+      {.path = "scheduler.params.last_batch_iteration",
+       .note = "the schedule goes on after so many steps, less one; as in DeepSpeed the first step "
+               "still has the optimizer's own rate. A job's state brings back where it was without "
+               "this",
+       .slot = SLOT(scheduler.last_batch_iteration), .min = -1, .max = kCountMax,
+       .types = DeepSpeedSchedulers()},
+      {.path = "scheduler.params.total_num_steps", .note = "must be given",
+       .slot = SLOT(scheduler.total_num_steps), .min = 1, .max = kCountMax, .types = decays},
+      {.path = "scheduler.params.warmup_min_ratio", .note = "of each group's own rate",
+       .slot = SLOT(scheduler.warmup_min_ratio), .min = 0, .max = 1, .types = {"WarmupCosineLR"}},
+      {.path = "scheduler.params.cos_min_ratio", .note = "of each group's own rate",
+       .slot = SLOT(scheduler.cos_min_ratio), .min = 0, .max = 1, .types = {"WarmupCosineLR"}},
   };
   keys->insert(keys->end(), warmup.begin(), warmup.end());
 }
 
 void AppendCycleKeys(std::vector<ConfigKey>* keys) {
-  const auto later = [keys](const char* type, ConfigKey key) {
-    key.served = Served::kNotYet;
-    key.note = kSchedulerLater;
+  const auto of = [keys](const char* type, ConfigKey key) {
     key.types = {type};
     keys->push_back(std::move(key));
   };
   const char* const one = "OneCycle";
-  later(one, {.path = "scheduler.params.cycle_min_lr", .slot = SLOT(scheduler.cycle_min_lr),
-              .min = 0, .max = kRealMax});
-  later(one, {.path = "scheduler.params.cycle_max_lr", .slot = SLOT(scheduler.cycle_max_lr),
-              .min = 0, .max = kRealMax});
-  later(one, {.path = "scheduler.params.decay_lr_rate", .slot = SLOT(scheduler.decay_lr_rate),
-              .min = 0, .max = kRealMax});
-  later(one, {.path = "scheduler.params.cycle_first_step_size",
-              .slot = SLOT(scheduler.cycle_first_step_size), .min = 1, .max = kCountMax});
-  later(one, {.path = "scheduler.params.cycle_second_step_size",
-              .slot = SLOT(scheduler.cycle_second_step_size), .min = 0, .max = kCountMax});
-  later(one, {.path = "scheduler.params.cycle_first_stair_count",
-              .slot = SLOT(scheduler.cycle_first_stair_count), .min = 0, .max = kCountMax});
-  later(one, {.path = "scheduler.params.cycle_second_stair_count",
-              .slot = SLOT(scheduler.cycle_second_stair_count), .min = 0, .max = kCountMax});
-  later(one, {.path = "scheduler.params.decay_step_size", .slot = SLOT(scheduler.decay_step_size),
-              .min = 0, .max = kCountMax});
-  later(one, {.path = "scheduler.params.cycle_momentum", .slot = SLOT(scheduler.cycle_momentum)});
-  later(one, {.path = "scheduler.params.cycle_min_mom", .slot = SLOT(scheduler.cycle_min_mom),
-              .min = 0, .max = 1});
-  later(one, {.path = "scheduler.params.cycle_max_mom", .slot = SLOT(scheduler.cycle_max_mom),
-              .min = 0, .max = 1});
-  later(one, {.path = "scheduler.params.decay_mom_rate", .slot = SLOT(scheduler.decay_mom_rate),
-              .min = 0, .max = kRealMax});
+  of(one, {.path = "scheduler.params.cycle_min_lr", .note = "must be given",
+           .slot = SLOT(scheduler.cycle_min_lr), .min = 0, .max = kRealMax});
+  of(one, {.path = "scheduler.params.cycle_max_lr", .note = "must be given",
+           .slot = SLOT(scheduler.cycle_max_lr), .min = 0, .max = kRealMax});
+  of(one, {.path = "scheduler.params.decay_lr_rate", .slot = SLOT(scheduler.decay_lr_rate),
+           .min = 0, .max = kRealMax});
+  of(one, {.path = "scheduler.params.cycle_first_step_size",
+           .slot = SLOT(scheduler.cycle_first_step_size), .min = 1, .max = kCountMax});
+  of(one, {.path = "scheduler.params.cycle_second_step_size", .note = "left out: as the first",
+           .slot = SLOT(scheduler.cycle_second_step_size), .min = 0, .max = kCountMax});
+  of(one, {.path = "scheduler.params.cycle_first_stair_count", .note = "0: no stairs",
+           .slot = SLOT(scheduler.cycle_first_stair_count), .min = 0, .max = kCountMax});
+  of(one, {.path = "scheduler.params.cycle_second_stair_count", .note = "left out: as the first",
+           .slot = SLOT(scheduler.cycle_second_stair_count), .min = 0, .max = kCountMax});
+  of(one, {.path = "scheduler.params.decay_step_size", .note = "0: no decay after the cycle",
+           .slot = SLOT(scheduler.decay_step_size), .min = 0, .max = kCountMax});
+  of(one, {.path = "scheduler.params.cycle_momentum",
+           .note = "the first beta, against the rate; as in DeepSpeed the second is 0.99 then",
+           .slot = SLOT(scheduler.cycle_momentum)});
+  of(one, {.path = "scheduler.params.cycle_min_mom", .slot = SLOT(scheduler.cycle_min_mom),
+           .min = 0, .max = 1, .max_excluded = true});
+  of(one, {.path = "scheduler.params.cycle_max_mom", .slot = SLOT(scheduler.cycle_max_mom),
+           .min = 0, .max = 1, .max_excluded = true});
+  of(one, {.path = "scheduler.params.decay_mom_rate", .slot = SLOT(scheduler.decay_mom_rate),
+           .min = 0, .max = kRealMax});
   const char* const range = "LRRangeTest";
-  later(range, {.path = "scheduler.params.lr_range_test_min_lr",
-                .slot = SLOT(scheduler.lr_range_test_min_lr), .min = 0, .max = kRealMax});
-  later(range, {.path = "scheduler.params.lr_range_test_step_size",
-                .slot = SLOT(scheduler.lr_range_test_step_size), .min = 1, .max = kCountMax});
-  later(range, {.path = "scheduler.params.lr_range_test_step_rate",
-                .slot = SLOT(scheduler.lr_range_test_step_rate), .min = 0, .max = kRealMax});
-  later(range, {.path = "scheduler.params.lr_range_test_staircase",
-                .slot = SLOT(scheduler.lr_range_test_staircase)});
+  of(range, {.path = "scheduler.params.lr_range_test_min_lr",
+             .slot = SLOT(scheduler.lr_range_test_min_lr), .min = 0, .max = kRealMax});
+  of(range, {.path = "scheduler.params.lr_range_test_step_size",
+             .slot = SLOT(scheduler.lr_range_test_step_size), .min = 1, .max = kCountMax});
+  of(range, {.path = "scheduler.params.lr_range_test_step_rate",
+             .slot = SLOT(scheduler.lr_range_test_step_rate), .min = 0, .max = kRealMax});
+  of(range, {.path = "scheduler.params.lr_range_test_staircase",
+             .slot = SLOT(scheduler.lr_range_test_staircase)});
 }
 
 }  // namespace
+
+const Words& TorchSchedulers() {
+  static const Words& types = *new Words{  // tidy: allow (never destroyed)
+      "StepLR", "MultiStepLR", "ConstantLR", "LinearLR", "ExponentialLR", "PolynomialLR",
+      "CosineAnnealingLR", "CosineAnnealingWarmRestarts", "CyclicLR", "OneCycleLR"};
+  return types;
+}
+
+const Words& DeepSpeedSchedulers() {
+  static const Words& types = *new Words{  // tidy: allow (never destroyed)
+      "WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest"};
+  return types;
+}
 
 void AppendOptimizerKeys(std::vector<ConfigKey>* keys) {
   AppendAdamKeys(keys);

@@ -10,7 +10,6 @@ using C = Config;
 
 constexpr double kSecondsMax = 1e9;  // as nanoseconds it fits 63 bits
 constexpr char kCheckpointsLater[] = "checkpoints come later";
-constexpr char kMonitorsLater[] = "monitors come later; the daemon serves Prometheus metrics";
 
 const Gate* NvmeGate() {
   static const Gate& gate = *new Gate{  // tidy: allow (never destroyed)
@@ -103,54 +102,69 @@ void AppendCheckpointKeys(std::vector<ConfigKey>* keys) {
 }
 
 void AppendLogKeys(std::vector<ConfigKey>* keys) {
-  const auto later = [keys](const char* note, ConfigKey key) {
-    key.served = Served::kNotYet;
-    key.note = note;
-    keys->push_back(std::move(key));
+  const std::vector<ConfigKey> logs = {
+      {.path = "steps_per_print",
+       .note = "rank 0 logs step, skipped steps, rates and momenta every so many steps, through "
+               "Python's logger \"zerod\"; null and Infinity: never",
+       .slot = SLOT(logging.steps_per_print), .min = 1, .max = kCountMax, .or_never = true},
+      {.path = "wall_clock_breakdown",
+       .note = "the mean times of forward, backward and step beside it; where steps_per_print is "
+               "null, of every step",
+       .slot = SLOT(logging.wall_clock_breakdown)},
+      {.path = "memory_breakdown",
+       .note = "the memory of rank 0 and of its node beside it, and after initialize",
+       .slot = SLOT(logging.memory_breakdown)},
+      {.path = "dump_state", .note = "rank 0 logs the job's plan and configuration in initialize",
+       .slot = SLOT(logging.dump_state)},
+      {.path = "log_level", .note = "of Python's logger \"zerod\", on every rank",
+       .slot = SLOT(logging.log_level),
+       .choices = {"debug", "info", "warning", "error", "critical"}, .any_case = true},
+      {.path = "timers.throughput.enabled",
+       .note = "samples per second beside steps_per_print; the daemon's metrics count steps and "
+               "their time always",
+       .slot = SLOT(logging.throughput)},
+      {.path = "timers.throughput.synchronized", .served = Served::kNoMeaning,
+       .note = "step() returns when the step is done: there is no device to wait for",
+       .slot = SLOT(logging.throughput_synchronized)},
+      {.path = "flops_profiler", .served = Served::kNotYet,
+       .note = "PyTorch's profiler counts operations; off is served"},
+      {.path = "comms_logger", .served = Served::kNotYet,
+       .note = "the daemon's metrics count the bytes; off is served"},
   };
-  later("progress is not printed yet; null and Infinity mean never",
-        {.path = "steps_per_print", .slot = SLOT(logging.steps_per_print), .min = 1,
-         .max = kCountMax});
-  later("timers come later; the daemon's metrics have the times of its parts",
-        {.path = "wall_clock_breakdown", .slot = SLOT(logging.wall_clock_breakdown)});
-  later("zerodctl jobs shows the memory by kind",
-        {.path = "memory_breakdown", .slot = SLOT(logging.memory_breakdown)});
-  later("engine.config has the configuration",
-        {.path = "dump_state", .slot = SLOT(logging.dump_state)});
-  later("set the level of Python's logger \"zerod\"",
-        {.path = "log_level", .slot = SLOT(logging.log_level),
-         .choices = {"debug", "info", "warning", "error", "critical"}, .any_case = true});
-  for (const auto& [path, slot] : std::vector<std::pair<const char*, Slot (*)(C&)>>{
-           {"timers.throughput.enabled", SLOT(logging.throughput)},
-           {"timers.throughput.synchronized", SLOT(logging.throughput_synchronized)}}) {
-    keys->push_back({.path = path, .served = Served::kNoMeaning,
-                     .note = "the daemon's metrics count steps and their time, always",
-                     .slot = slot});
-  }
-  later("PyTorch's profiler counts operations; off is served", {.path = "flops_profiler"});
-  later("the daemon's metrics count the bytes; off is served", {.path = "comms_logger"});
-  later(kMonitorsLater, {.path = "tensorboard.enabled", .slot = SLOT(logging.tensorboard.enabled)});
-  later(kMonitorsLater, {.path = "tensorboard.output_path",
-                         .slot = SLOT(logging.tensorboard.output_path), .form = TextForm::kText,
-                         .gate = TensorboardGate()});
-  later(kMonitorsLater, {.path = "tensorboard.job_name",
-                         .slot = SLOT(logging.tensorboard.job_name), .form = TextForm::kText,
-                         .gate = TensorboardGate()});
-  later(kMonitorsLater, {.path = "csv_monitor.enabled", .slot = SLOT(logging.csv_monitor.enabled)});
-  later(kMonitorsLater, {.path = "csv_monitor.output_path",
-                         .slot = SLOT(logging.csv_monitor.output_path), .form = TextForm::kText,
-                         .gate = CsvGate()});
-  later(kMonitorsLater, {.path = "csv_monitor.job_name",
-                         .slot = SLOT(logging.csv_monitor.job_name), .form = TextForm::kText,
-                         .gate = CsvGate()});
-  later(kMonitorsLater, {.path = "wandb.enabled", .slot = SLOT(logging.wandb.enabled)});
-  later(kMonitorsLater, {.path = "wandb.group", .slot = SLOT(logging.wandb.group),
-                         .form = TextForm::kText, .gate = WandbGate()});
-  later(kMonitorsLater, {.path = "wandb.team", .slot = SLOT(logging.wandb.team),
-                         .form = TextForm::kText, .gate = WandbGate()});
-  later(kMonitorsLater, {.path = "wandb.project", .slot = SLOT(logging.wandb.project),
-                         .form = TextForm::kText, .gate = WandbGate()});
-  later(kMonitorsLater, {.path = "comet"});
+  keys->insert(keys->end(), logs.begin(), logs.end());
+}
+
+void AppendMonitorKeys(std::vector<ConfigKey>* keys) {
+  static constexpr char kNamed[] = "a folder of this name in output_path";
+  const std::vector<ConfigKey> monitors = {
+      {.path = "tensorboard.enabled",
+       .note = "rank 0 writes loss, rate and, with wall_clock_breakdown, times of every step, by "
+               "samples. Needs the package tensorboard",
+       .slot = SLOT(logging.tensorboard.enabled)},
+      {.path = "tensorboard.output_path", .note = "empty: the working directory",
+       .slot = SLOT(logging.tensorboard.output_path), .form = TextForm::kText,
+       .gate = TensorboardGate()},
+      {.path = "tensorboard.job_name", .note = kNamed,
+       .slot = SLOT(logging.tensorboard.job_name), .form = TextForm::kText,
+       .gate = TensorboardGate()},
+      {.path = "csv_monitor.enabled", .note = "the same values, a file for each",
+       .slot = SLOT(logging.csv_monitor.enabled)},
+      {.path = "csv_monitor.output_path", .note = "empty: the working directory",
+       .slot = SLOT(logging.csv_monitor.output_path), .form = TextForm::kText, .gate = CsvGate()},
+      {.path = "csv_monitor.job_name", .note = kNamed, .slot = SLOT(logging.csv_monitor.job_name),
+       .form = TextForm::kText, .gate = CsvGate()},
+      {.path = "wandb.enabled", .note = "the same values. Needs the package wandb",
+       .slot = SLOT(logging.wandb.enabled)},
+      {.path = "wandb.group", .slot = SLOT(logging.wandb.group), .form = TextForm::kText,
+       .gate = WandbGate()},
+      {.path = "wandb.team", .slot = SLOT(logging.wandb.team), .form = TextForm::kText,
+       .gate = WandbGate()},
+      {.path = "wandb.project", .slot = SLOT(logging.wandb.project), .form = TextForm::kText,
+       .gate = WandbGate()},
+      {.path = "comet", .served = Served::kNotYet,
+       .note = "csv_monitor, tensorboard and wandb are"},
+  };
+  keys->insert(keys->end(), monitors.begin(), monitors.end());
 }
 
 void AppendLoaderKeys(std::vector<ConfigKey>* keys) {
@@ -161,10 +175,12 @@ void AppendLoaderKeys(std::vector<ConfigKey>* keys) {
       {.path = "zero_force_ds_cpu_optimizer", .served = Served::kNoMeaning,
        .note = "the daemon's kernels always take the step",
        .slot = SLOT(other.zero_force_ds_cpu_optimizer)},
-      {.path = "dataloader_drop_last", .served = Served::kNotYet,
-       .note = "the loader's last batch cannot be chosen yet",
+      {.path = "dataloader_drop_last",
+       .note = "of the loader of training_data: false hands out the smaller last batch too, and "
+               "some elements twice, so that all ranks have the same number",
        .slot = SLOT(other.dataloader_drop_last)},
-      {.path = "disable_python_gc", .served = Served::kNotYet, .note = "call gc.disable()",
+      {.path = "disable_python_gc",
+       .note = "Python's cyclic garbage collector is off until the engine is destroyed",
        .slot = SLOT(other.disable_python_gc)},
       {.path = "vocabulary_size", .served = Served::kNoMeaning,
        .note = "DeepSpeed only warns where it is no multiple of 8",
@@ -247,6 +263,7 @@ void AppendOtherKeys(std::vector<ConfigKey>* keys) {
   AppendAioKeys(keys);
   AppendCheckpointKeys(keys);
   AppendLogKeys(keys);
+  AppendMonitorKeys(keys);
   AppendLoaderKeys(keys);
   AppendZerodKeys(keys);
   AppendNeverKeys(keys);

@@ -3,6 +3,7 @@
 // What people read of a configuration and of its keys.
 #include <algorithm>
 #include <string>
+#include <variant>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -46,6 +47,13 @@ std::string NumberText(double v) {
                                                            : Json(v).dump();
 }
 
+bool IsRates(const ConfigKey& key) {
+  Config config;
+  const Slot slot = key.slot(config);
+  return std::holds_alternative<Rates*>(slot) ||
+         std::holds_alternative<std::optional<Rates>*>(slot);
+}
+
 // What the key may be; the type comes from the default's.
 std::string AllowedText(const ConfigKey& key) {
   if (key.slot == nullptr) return "off";
@@ -58,6 +66,10 @@ std::string AllowedText(const ConfigKey& key) {
   const Json& value = DefaultOf(key);
   if (value.is_boolean()) return "bool";
   if (key.max == 0) return value.is_array() ? "list" : value.is_object() ? "list, object" : "bool";
+  if (IsRates(key)) {
+    return absl::StrCat("from ", NumberText(key.min), key.max_excluded ? " to below " : "",
+                        key.max_excluded ? NumberText(key.max) : "", "; or a list, by group");
+  }
   if (key.max >= kRealMax) {
     return key.min <= -kRealMax ? "number" : absl::StrCat("from ", NumberText(key.min));
   }
@@ -98,19 +110,24 @@ std::string DescribeConfig(const ParsedConfig& parsed) {
   for (const std::string& warning : parsed.warnings) {
     absl::StrAppend(&text, "warning: ", warning, "\n");
   }
-  size_t width = 0;
-  for (const auto& [path, source] : parsed.sources) width = std::max(width, path.size());
-  for (const ConfigKey& key : ConfigKeys()) {
-    const auto source = parsed.sources.find(key.path);
-    if (source == parsed.sources.end()) continue;
-    const std::string value = Abbreviated(WriteKey(key, config));
-    const std::string no_effect = NoEffect(key, parsed);
-    absl::StrAppend(&text, key.path, std::string(width - source->first.size(), ' '), " = ", value,
-                    "  (", SourceText(source->second),
-                    no_effect.empty() || source->second.kind == ValueSource::kDefault
+  const auto add = [&parsed, &text](absl::string_view path, size_t width, const Json& value,
+                                    const std::string& no_effect) {
+    const ValueSource& source = parsed.sources.at(std::string(path));
+    absl::StrAppend(&text, path, std::string(width - path.size(), ' '), " = ", Abbreviated(value),
+                    "  (", SourceText(source),
+                    no_effect.empty() || source.kind == ValueSource::kDefault
                         ? ""
                         : absl::StrCat("; ", no_effect),
                     ")\n");
+  };
+  size_t width = 0;
+  for (const auto& [path, source] : parsed.sources) width = std::max(width, path.size());
+  for (const ConfigKey& key : ConfigKeys()) {
+    if (parsed.sources.count(key.path) == 0) continue;
+    add(key.path, width, WriteKey(key, config), NoEffect(key, parsed));
+  }
+  for (const auto& [name, value] : config.scheduler.torch_params) {
+    add(JoinPath("scheduler.params", name), width, Json::parse(value), "");
   }
   return text;
 }

@@ -146,6 +146,7 @@ def make_config(args: argparse.Namespace) -> dict:
         "gradient_accumulation_steps": args.gradient_accumulation,
         "gradient_clipping": args.clip,
         "bf16": {"enabled": args.dtype == "bf16"},
+        "dataloader_drop_last": True,  # steps of equal size
         "zero_optimization": zero,
         "optimizer": {"type": "AdamW", "params": {"lr": args.lr, "weight_decay": 0.1}},
         "scheduler": {

@@ -36,7 +36,8 @@ def train(args) -> dict:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.1)
     scheduler = WarmupLR(optimizer, args.lr / 10, args.lr, args.warmup, "linear")
     loader = Loader(
-        Windows(train_text, args.sequence), args.batch, rank=rank, world=world, seed=args.seed
+        Windows(train_text, args.sequence), args.batch, rank=rank, world=world, seed=args.seed,
+        drop_last=True,
     )
     report = Report(args, rank == 0, 0)
     tokens = args.batch * args.sequence * args.gradient_accumulation * world

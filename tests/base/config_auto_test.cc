@@ -143,8 +143,8 @@ TEST(ConfigAutoTest, GivenValues) {
   EXPECT_EQ(config.optimizer.lr, 0.5);
   EXPECT_EQ(config.optimizer.weight_decay, 0);
   EXPECT_EQ(config.optimizer.beta2, 0.25);
-  EXPECT_EQ(config.scheduler.warmup_min_lr, 0);
-  EXPECT_EQ(config.scheduler.warmup_max_lr, 0.5);
+  EXPECT_EQ(config.scheduler.warmup_min_lr, Rates(0));
+  EXPECT_EQ(config.scheduler.warmup_max_lr, Rates(0.5));
   EXPECT_EQ(config.scheduler.warmup_num_steps, 17u);
   EXPECT_EQ(parsed->auto_keys.size(), 14u) << testing::PrintToString(parsed->auto_keys);
   EXPECT_EQ(parsed->sources.at("optimizer.params.lr").kind, ValueSource::kAuto);

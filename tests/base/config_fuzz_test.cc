@@ -44,12 +44,19 @@ zero_optimization: {
   zero_hpz_partition_size: 1 /* off */
 }
 optimizer: {type: "AdamW", params: {lr: "auto", betas: [0.9, 0.95,], torch_adam: true}}
-scheduler: {type: "WarmupLR", params: {warmup_max_lr: "auto", warmup_type: 'log'}}
+scheduler: {type: "WarmupLR", params: {warmup_max_lr: "auto", warmup_min_lr: [0, 0],
+                                        warmup_type: 'log'}}
 aio: {thread_count: 2}, checkpoint: {writer: null}
 amp: {enabled: false}
 zerod: {units: ["h"], job: '''run''', strict: false}
 unknown: 1
 )";
+
+// A scheduler of PyTorch's, whose parameters the table does not have.
+const char kTorch[] = R"({"train_batch_size": 4, "steps_per_print": 10,
+  "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+  "scheduler": {"type": "MultiStepLR", "params": {"milestones": [10, 2e1], "gamma": 0.5,
+    "last_epoch": -1, "note": "auto", "deep": {"a": [null, "b", -0.0]}}}})";
 
 // Pieces that are more likely to reach beyond the parser than random bytes.
 const std::vector<std::string> kPieces = {
@@ -63,7 +70,8 @@ class Mutator {
   explicit Mutator(uint32_t seed) : random_(seed) {}
 
   std::string Next() {
-    std::string text = Below(2) == 0 ? kWhole : kLenient;
+    const size_t which = Below(5);
+    std::string text = which < 2 ? kWhole : which < 4 ? kLenient : kTorch;
     const size_t edits = 1 + Below(4);
     for (size_t i = 0; i < edits && !text.empty(); ++i) Edit(&text);
     return text;
@@ -105,7 +113,8 @@ TEST(ConfigFuzzTest, DamagedTextsNeverCrash) {
   Mutator mutator(kSeed);
   ParseOptions options;
   options.world = 4;
-  options.auto_values = AutoValues{{1024}, {{"optimizer.params.lr", "0.01"}}};
+  options.auto_values = AutoValues{{1024}, {{"optimizer.params.lr", "0.01"},
+                                       {"scheduler.params.note", "[1, 2]"}}};
   int accepted = 0;
   int refused_after_parsing = 0;
   for (int round = 0; round < kRounds; ++round) {

@@ -176,9 +176,13 @@ def test_waits_let_other_threads_run(daemon):
 def test_errors_have_their_class_and_code():
     with pytest.raises(ValueError, match='did you mean "train_batch_size"'):
         _zerod.parse_config('{"train_batch": 8}', 1)
-    assert json.loads(_zerod.parse_config('{"train_batch_size": 8}', 2))["train_batch_size"] == 8
-    with pytest.warns(UserWarning, match="bfloat16: is deprecated; its name is now bf16"):
-        _zerod.parse_config('{train_batch_size: 8, bfloat16: {enabled: true}}', 2)
+    text = "{train_batch_size: 8, bfloat16: {enabled: true}, gradient_clipping: 'auto'}"
+    with pytest.raises(ValueError, match='"auto" cannot be resolved for gradient_clipping'):
+        _zerod.parse_config(text, 2)
+    parsed = json.loads(_zerod.parse_config(text, 2, values={"gradient_clipping": "0.5"}))
+    assert parsed["config"]["train_micro_batch_size_per_gpu"] == 4
+    assert parsed["config"]["gradient_clipping"] == 0.5 and parsed["auto"] == ["gradient_clipping"]
+    assert parsed["warnings"] == ["bfloat16: is deprecated; its name is now bf16"]
     with pytest.raises(_zerod.InvalidArgument) as error:
         attach("tcp:somewhere")
     assert error.value.code == "INVALID_ARGUMENT" and isinstance(error.value, _zerod.ZerodError)

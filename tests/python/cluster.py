@@ -217,6 +217,15 @@ def run(function: str, nodes, world: int, job: str = "test", **arguments) -> lis
         return [rank.result() for rank in running]
 
 
+def run_alone(function: str, **arguments):
+    """The result of one process that needs no daemon."""
+    rank = Rank(function, arguments, {})
+    try:
+        return rank.result()
+    finally:
+        rank.close()
+
+
 def wait_any(running, seconds: float = RUN_SECONDS_MAX) -> Rank:
     """The first that ends."""
     poller = select.poll()

@@ -55,6 +55,7 @@ class Group(types.SimpleNamespace):
         super().__init__(lr=lr, **(defaults | values))
 
 
+MONITOR = {"enabled": False, "output_path": "", "job_name": "DeepSpeedJobName"}
 DEFAULTS = {
     "train_micro_batch_size_per_gpu": None,
     "gradient_accumulation_steps": 1,
@@ -66,15 +67,35 @@ DEFAULTS = {
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     "optimizer": None,
     "scheduler": None,
+    "steps_per_print": None,
+    "wall_clock_breakdown": False,
+    "memory_breakdown": False,
+    "dump_state": False,
+    "log_level": None,
+    "timers": {"throughput": {"enabled": True}},
+    "csv_monitor": MONITOR,
+    "tensorboard": MONITOR,
+    "wandb": {"enabled": False, "group": None, "team": None, "project": "deepspeed"},
+    "dataloader_drop_last": False,
+    "disable_python_gc": False,
     "zerod": {
         "job": "", "units": {}, "client_state_bytes_max": 8 << 20, "attach_timeout_seconds": 60,
     },
 }
 
 
-def parse_config(text, world):
+auto_values = {}  # that the last configuration was read with
+
+
+def parse_config(text, world, *, deepspeed_file=False, hidden_sizes=None, values=None):
+    auto_values.update(hidden_sizes=hidden_sizes, values=values)
     config = json.loads(json.dumps(DEFAULTS))
-    for key, value in json.loads(text).items():
+    given = json.loads(text)
+    warnings = []
+    if "bfloat16" in given:
+        given["bf16"] = given.pop("bfloat16")
+        warnings.append("bfloat16: is deprecated; its name is now bf16")
+    for key, value in given.items():
         if isinstance(config.get(key), dict):
             config[key].update(value)
         else:
@@ -85,7 +106,12 @@ def parse_config(text, world):
         params = {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01,
                   "adam_w_mode": True, "bias_correction": True}
         config["optimizer"]["params"] = params | config["optimizer"].get("params", {})
-    return json.dumps(config)
+    if config["scheduler"]:
+        config["scheduler"].setdefault("params", {})
+    sources = {key: "default" for key in config}
+    return json.dumps(
+        {"config": config, "sources": sources, "warnings": warnings, "auto": []}
+    )
 
 
 def parent(path):
@@ -125,8 +151,7 @@ def assign_units(modules, parameters):
 
 class Client:
     loss_scale = 1.0
-    resumed_skipped = False
-    jobs = {}  # job -> (committed step, state), kept by close()
+    jobs = {}  # job -> (committed step, whether it was skipped, state), kept by close()
 
     @staticmethod
     def attach(**options):
@@ -134,7 +159,7 @@ class Client:
 
     def __init__(self, options):
         self.options = options
-        self.config = json.loads(parse_config(options["config"], options["world"]))
+        self.config = json.loads(options["config"])
         paths = [m.path for m in options["modules"]]
         assert paths[0] == "" and len(paths) == len(set(paths))
         for path in paths[1:]:
@@ -147,7 +172,10 @@ class Client:
         self._place(options["parameters"], homes, names)
         self.closed = False
         self.initialized = False
-        self.resumed_step, state = Client.jobs.get(options["job"], (0, None))
+        self.resumed_step, self.resumed_skipped, state = Client.jobs.get(
+            options["job"], (0, False, None)
+        )
+        self.skip_next = False  # a test's wish: the next step finds a gradient that is not finite
         self.step_number = self.resumed_step + 1
         self._blob = b""
         if state is not None:
@@ -253,18 +281,20 @@ class Client:
         norm = NAN
         if max_norm > 0 or want_norm:
             norm = float(self._gradient.double().square().sum().sqrt())
+        skipped, self.skip_next = self.skip_next, False
         if max_norm > 0:
             self._gradient *= min(1.0, max_norm / (norm + 1e-6))
-        for index in self._touched:
+        for index in () if skipped else self._touched:
             self._update(index, groups[self.options["parameters"][index].group])
         Client.jobs[self.options["job"]] = (
             self.step_number,
+            skipped,
             [t.clone() for t in (self._master, self._m, self._v)] + [list(self._steps), blob],
         )
         self.step_number += 1
         self._begin_step()
         self._refresh()
-        return types.SimpleNamespace(skipped=False, grad_norm=norm, loss_scale=1.0)
+        return types.SimpleNamespace(skipped=skipped, grad_norm=norm, loss_scale=1.0)
 
     def _update(self, index, group):
         view = self.parameters[index]

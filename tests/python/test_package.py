@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import zoo
+from golden import SCHEDULES
 
 pytestmark = pytest.mark.usefixtures("fake")
 CONFIG = {
@@ -199,6 +200,7 @@ def make_resumable(fake):
         config={
             "train_micro_batch_size_per_gpu": 2,
             "gradient_accumulation_steps": 2,
+            "dataloader_drop_last": True,
             "zerod": {"job": "resume"},
         },
         seed=3,
@@ -381,48 +383,6 @@ def test_groups_and_schedules(fake):
         optimizer.step()
 
 
-# What DeepSpeed 0.19.8 gave: the rates of the optimizer steps from the first.
-SCHEDULES = {
-    "log": (
-        "WarmupLR", dict(warmup_max_lr=1, warmup_num_steps=4), [0, 0, 0.5, 0.792481, 1, 1],
-    ),
-    "linear": (
-        "WarmupLR", dict(warmup_max_lr=1, warmup_num_steps=4, warmup_type="linear"),
-        [0, 0, 0.25, 0.5, 0.75, 1],
-    ),
-    "own rate": (
-        "WarmupLR", dict(warmup_num_steps=4, warmup_type="linear"),
-        [0, 0, 0.125, 0.25, 0.375, 0.5],
-    ),
-    "decay": (
-        "WarmupDecayLR",
-        dict(total_num_steps=10, warmup_max_lr=1, warmup_num_steps=4, warmup_type="linear"),
-        [0, 0, 0.25, 0.5, 0.75, 1, 0.8333, 0.6667, 0.5, 0.3333, 0.1667, 0],
-    ),
-    "cosine": (
-        "WarmupCosineLR",
-        dict(total_num_steps=10, warmup_num_steps=4, warmup_min_ratio=0.1, cos_min_ratio=0,
-             warmup_type="linear"),
-        [0, 0.05, 0.1625, 0.275, 0.3875, 0.466506, 0.375, 0.25, 0.125, 0.033494, 0, 0],
-    ),
-    "one cycle": (
-        "OneCycle",
-        dict(cycle_min_lr=0.1, cycle_max_lr=1, cycle_first_step_size=4, decay_lr_rate=1,
-             decay_step_size=2),
-        [0.1, 0.325, 0.55, 0.775, 1, 0.775, 0.55, 0.325, 0.1, 0.066667, 0.05, 0.04],
-    ),
-    "range": (
-        "LRRangeTest", dict(lr_range_test_min_lr=0.1, lr_range_test_step_size=2),
-        [0.1, 0.15, 0.2, 0.25, 0.3, 0.35],
-    ),
-    "staircase": (
-        "LRRangeTest",
-        dict(lr_range_test_min_lr=0.1, lr_range_test_step_size=2, lr_range_test_staircase=True),
-        [0.1, 0.1, 0.2, 0.2, 0.3, 0.3],
-    ),
-}
-
-
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_have_deepspeeds_values(name):
     from zerod import schedule
@@ -479,21 +439,33 @@ def test_schedules_refuse_what_makes_no_sense():
             make()
 
 
-def test_loader_deals_like_distributed_sampler():
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_loader_deals_like_distributed_sampler(drop_last):
     import zerod
 
-    data = list(range(50))
-    for rank in range(3):
-        sampler = torch.utils.data.DistributedSampler(
-            data, num_replicas=3, rank=rank, seed=9, drop_last=True
-        )
-        loader = zerod.Loader(data, 4, rank=rank, world=3, seed=9)
-        for epoch in range(2):
-            sampler.set_epoch(epoch)
-            expected = list(torch.utils.data.DataLoader(data, 4, sampler=sampler, drop_last=True))
-            got = list(loader)
-            assert len(got) == len(expected) == len(loader)
-            assert all(torch.equal(a, b) for a, b in zip(got, expected))
+    for elements in (50, 2):
+        data = list(range(elements))
+        for rank in range(3):
+            if drop_last and elements == 2:
+                with pytest.raises(ValueError, match="2 elements, fewer than one batch of 4"):
+                    zerod.Loader(data, 4, rank=rank, world=3, drop_last=True)
+                continue
+            sampler = torch.utils.data.DistributedSampler(
+                data, num_replicas=3, rank=rank, seed=9, drop_last=drop_last
+            )
+            loader = zerod.Loader(data, 4, rank=rank, world=3, seed=9, drop_last=drop_last)
+            for epoch in range(2):
+                sampler.set_epoch(epoch)
+                expected = list(
+                    torch.utils.data.DataLoader(data, 4, sampler=sampler, drop_last=drop_last)
+                )
+                got = list(loader)
+                assert len(got) == len(expected) == len(loader)
+                assert all(torch.equal(a, b) for a, b in zip(got, expected))
+    with pytest.raises(ValueError, match="empty"):
+        zerod.Loader([], 4)
+    with pytest.raises(TypeError, match="pass its dataset"):
+        zerod.Loader(torch.utils.data.DataLoader(data), 1)
 
 
 def test_launch_environment():

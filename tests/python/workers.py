@@ -236,3 +236,132 @@ def forked_workers(config: dict) -> list[float]:
     engine.backward(engine(zoo.batch(0, 9)).sum())
     engine.step()
     return [max(abs(a - b) for a, b in zip(got, expected)), engine.global_steps]
+
+
+class OneLayer(torch.nn.Module):
+    def __init__(self, hidden_size: int = 4) -> None:
+        super().__init__()
+        self.config = {"hidden_size": hidden_size}
+        self.layer = torch.nn.Linear(hidden_size, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+def schedules(cases: dict[str, tuple[str, dict, int]]) -> dict:
+    """{name: (rates, weights, weights of PyTorch's AdamW with the same rates and betas)}."""
+    import zerod
+
+    results = {}
+    for name, (kind, params, steps) in cases.items():
+        torch.manual_seed(1)
+        model = OneLayer()
+        plain = OneLayer()
+        plain.load_state_dict(model.state_dict())
+        theirs = torch.optim.AdamW(plain.parameters(), weight_decay=0.0)
+        engine, *_ = zerod.initialize(model=model, config={
+            "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0,
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.5, "weight_decay": 0.0}},
+            "scheduler": {"type": kind, "params": params},
+            "zerod": {"job": "schedule-" + name.replace(" ", "-")},
+        })
+        rates = []
+        for step in range(steps):
+            x = torch.randn(2, 4, generator=torch.Generator().manual_seed(step))
+            rates.append(engine.get_lr()[0])
+            theirs.param_groups[0].update(lr=rates[-1], betas=engine.get_mom()[0])
+            engine.backward(engine(x).sum())
+            engine.step()
+            plain(x).sum().backward()
+            theirs.step()
+            theirs.zero_grad()
+        results[name] = (rates, engine.state_dict(), plain.state_dict())
+        engine.destroy()
+    return results
+
+
+def resolve(texts: list[str], **options) -> list:
+    """What the real parser makes of each: the configuration, or its error's text."""
+    from zerod import config
+
+    answers = []
+    for text in texts:
+        try:
+            answers.append(config.resolve(text, 1, **options).config)
+        except ValueError as error:
+            answers.append(str(error))
+    return answers
+
+
+def initialized(config: dict, hidden_size: int = 4) -> dict:
+    """What an engine and its daemon have of a configuration; or the error's text."""
+    import zerod
+
+    try:
+        engine, *_ = zerod.initialize(model=OneLayer(hidden_size), config=config)
+    except ValueError as error:
+        return {"error": str(error)}
+    engine.backward(engine(torch.ones(2, hidden_size)).sum())
+    engine.step()
+    return {"engine": engine.config, "daemon": json.loads(engine.client.resolved_config)}
+
+
+def train_small(config: dict, steps: int, optimizer: tuple | None = None,
+                bad_steps: list[int] | None = None, scheduler: tuple | None = None) -> dict:
+    """Trains a small model in float32 data, every rank on its own rows. At `bad_steps` (from 1) the
+    last rank's loss is infinite."""
+    import zerod
+
+    rank, world = rank_and_world()
+    torch.manual_seed(5)
+    model = small_model()
+    built = getattr(torch.optim, optimizer[0])(groups_of(model), **optimizer[1]) if optimizer else None
+    lr_scheduler = getattr(torch.optim.lr_scheduler, scheduler[0]) if scheduler else None
+    engine, built, _, _ = zerod.initialize(
+        model=model, optimizer=built, model_parameters=None if optimizer else groups_of(model),
+        lr_scheduler=(lambda o: lr_scheduler(o, **scheduler[1])) if scheduler else None,
+        config=config,
+    )
+    dtype = next(engine.module.parameters()).dtype
+    result: dict = {"losses": [], "norms": [], "scales": [], "skipped": [], "rates": [],
+                    "overflow": []}
+    for step in range(1, steps + 1):
+        for micro in range(engine.gradient_accumulation_steps()):
+            x, y = small_batch(step, micro, rank)
+            loss = (engine(x.to(dtype)).float() - y).square().mean()
+            if rank == world - 1 and step in (bad_steps or []):
+                loss = loss * float("inf")
+            result["losses"].append(loss.item())
+            result["scales"].append(built.loss_scale)
+            result["rates"].append(engine.get_lr()[0])
+            engine.backward(loss)
+            engine.step()
+        result["norms"].append(engine.get_global_grad_norm())
+        result["skipped"].append(engine.skipped_steps)
+        result["overflow"].append(built.overflow)
+    result["state"] = engine.state_dict(master=True)
+    result["global_steps"] = engine.global_steps
+    engine.destroy()
+    return result
+
+
+def small_model() -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 32), torch.nn.LayerNorm(32),
+        torch.nn.Linear(32, 4),
+    )
+
+
+def groups_of(model: torch.nn.Module) -> list[dict]:
+    """Two, with weight decay of their own."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() > 1]},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def small_batch(step: int, micro: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
+    x = torch.randn(8, 16, generator=generator)
+    return x, x[:, :4].sin()

@@ -2,15 +2,22 @@
 //
 // The extension module zerod._zerod; its interface is written down in zerod/_zerod.pyi.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #if defined(__GLIBC__)
 #include <malloc.h>
 #endif
 
+#include <map>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "base/config_parse.h"
 #include "client/cpp/include/zerod/client.h"
 #include "client/python/src/errors.h"
 #include "client/python/src/py_client.h"
@@ -40,15 +47,22 @@ client::DaemonInfo EnsureDaemon(std::string address, bool embedded, std::string 
   return Take(std::move(info));
 }
 
-std::string ParseConfig(const std::string& json, uint32_t world) {
-  std::vector<std::string> warnings;
-  absl::StatusOr<std::string> config = client::CheckConfig(json, world, &warnings);
-  if (!config.ok()) throw nb::value_error(std::string(config.status().message()).c_str());
-  for (const std::string& warning : warnings) {
-    // Below zero where the script makes errors of warnings.
-    if (PyErr_WarnEx(PyExc_UserWarning, warning.c_str(), 2) < 0) throw nb::python_error();
+// The daemon's own parser. With hidden sizes or values (dotted path -> JSON text) "auto" is
+// resolved as far as they and its rules go.
+std::string ParseConfig(const std::string& json, uint32_t world, bool deepspeed_file,
+                        std::optional<std::vector<uint64_t>> hidden_sizes,
+                        std::optional<std::map<std::string, std::string>> values) {
+  ParseOptions options;
+  options.world = world;
+  options.unknown_top_keys_are_warnings = deepspeed_file;
+  if (hidden_sizes.has_value() || values.has_value()) {
+    AutoValues& given = options.auto_values.emplace();
+    if (hidden_sizes.has_value()) given.hidden_sizes = *std::move(hidden_sizes);
+    if (values.has_value()) given.values = *std::move(values);
   }
-  return *std::move(config);
+  const absl::StatusOr<ParsedConfig> parsed = zerod::ParseConfig(json, options);
+  if (!parsed.ok()) throw nb::value_error(std::string(parsed.status().message()).c_str());
+  return DescribeConfigAsJson(*parsed);
 }
 
 }  // namespace
@@ -70,7 +84,8 @@ NB_MODULE(_zerod, m) {
     malloc_trim(0);
 #endif
   });
-  m.def("parse_config", &ParseConfig, "json"_a, "world"_a);
+  m.def("parse_config", &zerod::python::ParseConfig, "json"_a, "world"_a, nb::kw_only(),
+        "deepspeed_file"_a = false, "hidden_sizes"_a = nb::none(), "values"_a = nb::none());
   m.def("embedded_address", &zerod::client::EmbeddedAddress, "job"_a, "node_rank"_a);
   m.def("ensure_daemon", &EnsureDaemon, nb::kw_only(), "address"_a = "", "embedded"_a = true,
         "job"_a = "", "node_rank"_a = 0, "local_rank"_a = 0, "attach_timeout_seconds"_a = 60.0);

@@ -6,7 +6,7 @@ the job's failure or the daemon's death; nothing waits for ever. After a fork th
 raises FailedPrecondition for everything and its destructor does nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -36,9 +36,20 @@ def version() -> str: ...
 def trim_heap() -> None:
     """Gives memory that was freed back to the system, where the C library keeps it."""
 
-def parse_config(json: str, world: int) -> str:
-    """The resolved configuration as JSON (every key that has a value). ValueError lists every
-    problem; what is deprecated is a UserWarning."""
+def parse_config(
+    json: str,
+    world: int,
+    *,
+    deepspeed_file: bool = False,
+    hidden_sizes: Sequence[int] | None = None,
+    values: Mapping[str, str] | None = None,
+) -> str:
+    """A JSON object: "config" (every key that has a value, no "auto"), "sources" (where each is
+    from, by dotted path), "warnings" (lines), "auto" (the keys that were). ValueError lists every
+    problem.
+
+    `deepspeed_file`: unknown keys at the top are warnings. `hidden_sizes` of the model, and
+    `values` (dotted path -> JSON text), are what "auto" may become; with neither it is refused."""
 
 def embedded_address(job: str, node_rank: int) -> str: ...
 

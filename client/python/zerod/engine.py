@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zerod import at_exit, collectives, gathered
+from zerod import at_exit, collectives, garbage, gathered
 from zerod.backward import BackwardPass
 from zerod.client_state import ClientState
 from zerod.hooks import Gathering
@@ -18,6 +18,7 @@ from zerod.loader import Loader
 from zerod.model import ModelDescription, tensors_in
 from zerod.optimizer import Optimizer
 from zerod.precision import Precision
+from zerod.progress import Progress, momenta, watched
 from zerod.versions import Versions
 from zerod.weights import StateDictHooks, Weights, check_state, model_buffers
 
@@ -80,17 +81,21 @@ class Engine(nn.Module):
         self._state_dict_hooks = StateDictHooks(self.weights, self.module)
         limit = self.config["zerod"]["client_state_bytes_max"]
         self._state = ClientState(self.module, limit)
+        self.progress = Progress(self.config, self.global_rank)
         for managed in self.description.parameters:
             gathered.owners[id(managed.parameter)] = (self, managed.index)
         self.resumed_step: int = self.client.resumed_step
         if self.resumed_step:
             self._resume()
         self._tell_optimizer(overflow=self.client.resumed_skipped)
+        if self.config["disable_python_gc"]:
+            garbage.pause()
         collectives.set_current(self)
         at_exit.leave_at_exit(self)
 
     # --- Training.
 
+    @watched("forward")
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.versions.check()
         self.backward_pass.abandon()
@@ -107,6 +112,7 @@ class Engine(nn.Module):
     def _enter_backward(self, _: torch.Tensor) -> None:
         self.backward_pass.enter()
 
+    @watched("backward")
     def backward(
         self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
     ) -> torch.Tensor:
@@ -128,6 +134,7 @@ class Engine(nn.Module):
         self.backward_pass.scaled = True
         return loss.float() * self.client.loss_scale if self.fp16_enabled() else loss
 
+    @watched("step")
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """The end of a micro-step. At the accumulation boundary the optimizer runs, on all ranks:
         it returns when the new weights may be read."""
@@ -270,10 +277,13 @@ class Engine(nn.Module):
         return parts
 
     def _resume(self) -> None:
-        """Everything is put back as it was when the committed step was made."""
+        """Everything is put back as it was when the committed step was made. Its state went with
+        STEP, before anybody knew whether the step would be skipped; the client knows now."""
         parts = self._state.restore(self.client.client_state())
+        skipped: bool = self.client.resumed_skipped
         self.micro_steps = parts["micro_steps"]
-        self.skipped_steps = parts["skipped_steps"]
+        self.skipped_steps = parts["skipped_steps"] + int(skipped)
+        self._step_applied = not skipped
         self.global_steps = self.resumed_step
         self.client_state = parts["user"]
         self.backward_pass.expectation.restore(parts["gradient_counts"])
@@ -283,9 +293,9 @@ class Engine(nn.Module):
         if self.training_dataloader is not None and "loader" in parts:
             self.training_dataloader.load_state_dict(parts["loader"])
         if self.lr_scheduler is not None and "lr_scheduler" in parts:
-            # The state went with STEP, before the schedule moved on.
             self.lr_scheduler.load_state_dict(parts["lr_scheduler"])
-            self._step_scheduler({})
+            if not skipped:  # the schedule moves on after an applied step
+                self._step_scheduler({})
 
     def destroy(self) -> None:
         """Leaves the job: its state is freed once all ranks have left. Idempotent."""
@@ -293,6 +303,9 @@ class Engine(nn.Module):
             return
         self._destroyed = True
         at_exit.forget(self)
+        self.progress.close()
+        if self.config["disable_python_gc"]:
+            garbage.resume()
         if collectives._current and collectives._current[0] is self:
             collectives.set_current(None)
         for managed in self.description.parameters:
@@ -337,6 +350,9 @@ class Engine(nn.Module):
 
     def get_lr(self) -> list[float]:
         return [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []
+
+    def get_mom(self) -> list[Any]:
+        return momenta(self.optimizer)
 
     @property
     def global_samples(self) -> int:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a model and a configuration to an engine."""
 
+import json
 import logging
-import os
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,7 +11,16 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from zerod import _zerod, config as configuration, optimizer as optimizers, peers, schedule
+from zerod import (
+    _zerod,
+    auto_values,
+    config as configuration,
+    monitors,
+    optimizer as optimizers,
+    peers,
+    progress,
+    schedule,
+)
 from zerod.engine import Engine, EngineParts
 from zerod.errors import ModelError
 from zerod.launch import Launch
@@ -41,8 +50,9 @@ def initialize(
 ) -> tuple[Engine, torch.optim.Optimizer | None, Loader | None, Any]:
     """Hands the model's parameters to the daemon; returns engine, optimizer, loader, scheduler.
 
-    The arguments are DeepSpeed's. `config` is a dict or the path of a JSON file. `optimizer` is one
-    of torch.optim that the daemon computes (AdamW, Adam, Adagrad, SGD) or of this package, or a
+    The arguments are DeepSpeed's. `config` is a dict, the path of a JSON file, or base64 of one;
+    "auto" becomes what `model` and `optimizer` say (docs/config.md). `optimizer` is one of
+    torch.optim that the daemon computes (AdamW, Adam, Adagrad, SGD) or of this package, or a
     function that makes one of parameters; `lr_scheduler` a scheduler, or a
     function that makes one of the optimizer. `address` is the daemon's socket ("unix:/path"; else
     ZEROD_ADDRESS, else an embedded one). `seed` orders `training_data`.
@@ -53,17 +63,31 @@ def initialize(
     if model is None:
         raise ValueError("model is missing")
     launch = Launch.from_environment()
-    text = configuration.read_source(configuration.choose_source(args, config, config_params))
-    resolved = configuration.resolve(text, launch.world)
+    source = configuration.choose_source(args, config, config_params)
+    read = configuration.resolve(
+        configuration.read_source(source),
+        launch.world,
+        hidden_sizes=auto_values.hidden_sizes(model),
+        values=auto_values.of_optimizer(optimizer),
+    )
+    resolved = read.config
+    progress.show_log(resolved)
+    if launch.rank == 0:
+        for warning in read.warnings:
+            log.warning("the configuration: %s", warning)
+    monitors.check(resolved)
     dtype = configuration.dtype(resolved)
     built = optimizers.build(model, optimizer, model_parameters, resolved)
+    scheduler = _scheduler(lr_scheduler, built, resolved)
     description = describe(model, dtype, built)
-    client = _attach(text, resolved, description, built, launch, address, dtype)
+    client = _attach(resolved, description, built, launch, address, dtype)
     try:
         engine = _adopt(
-            model, client, description, built, lr_scheduler, training_data, collate_fn, resolved,
+            model, client, description, built, scheduler, training_data, collate_fn, resolved,
             launch, seed,
         )
+        if launch.rank == 0 and resolved["dump_state"]:
+            progress.dump(read, client.plan_text)
     except BaseException:
         client.close()
         raise
@@ -71,7 +95,6 @@ def initialize(
 
 
 def _attach(
-    text: str,
     resolved: dict[str, Any],
     description: ModelDescription,
     built: optimizers.Optimizer | None,
@@ -86,7 +109,7 @@ def _attach(
         modules=description.modules,
         parameters=description.parameter_infos(),
         groups=built.kinds() if built is not None else [],
-        config=text,
+        config=json.dumps(resolved),  # with no "auto" left, which only this side can resolve
         dtype=str(dtype).removeprefix("torch."),
         address=address,
         job=job,
@@ -111,7 +134,7 @@ def _adopt(
     client: Any,
     description: ModelDescription,
     built: optimizers.Optimizer | None,
-    lr_scheduler: Any,
+    scheduler: Any,
     training_data: Dataset[Any] | None,
     collate_fn: Callable[[list[Any]], Any] | None,
     resolved: dict[str, Any],
@@ -136,6 +159,7 @@ def _adopt(
             world=launch.world,
             seed=seed,
             collate_fn=collate_fn,
+            drop_last=resolved["dataloader_drop_last"],
         )
     return Engine(
         EngineParts(
@@ -144,7 +168,7 @@ def _adopt(
             description=description,
             weights=weights,
             optimizer=built,
-            lr_scheduler=_scheduler(lr_scheduler, built, resolved),
+            lr_scheduler=scheduler,
             training_dataloader=loader,
             config=resolved,
             launch=launch,
@@ -158,6 +182,8 @@ def _scheduler(given: Any, optimizer: Any, resolved: dict[str, Any]) -> Any:
             'a scheduler is passed and the configuration has "scheduler" too; keep one'
         )
     if given is None:
+        if optimizer is None and resolved.get("scheduler"):
+            log.warning('"scheduler" has no effect: there is no optimizer')
         return schedule.from_config(resolved, optimizer) if optimizer is not None else None
     if not hasattr(given, "step"):
         return given(optimizer)

@@ -11,8 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 class Loader:
     """Micro-batches of a map-style dataset: shuffled by (seed, epoch), dealt out over the ranks.
 
-    The order is that of torch's DistributedSampler with drop_last: the same permutation on all
-    ranks, rank r takes its elements r, r + world, ... Each `iter()` goes on where the last one
+    The order is that of torch's DistributedSampler: the same permutation on all ranks, rank r takes
+    its elements r, r + world, ... With `drop_last` what does not fill a batch on every rank is left
+    out; else the last batch is smaller, and elements from the front come twice where the ranks
+    would differ in number. Each `iter()` goes on where the last one
     stopped, to the end of the epoch; a finished epoch starts the next. It draws from a generator
     of its own, so that the global one stands where the training left it.
     """
@@ -28,7 +30,10 @@ class Loader:
         shuffle: bool = True,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         num_workers: int = 0,
+        drop_last: bool = False,
     ) -> None:
+        if isinstance(dataset, DataLoader):
+            raise TypeError("training_data is a DataLoader; pass its dataset")
         if not isinstance(dataset, Sized):
             raise TypeError("training_data needs a length; pass a map-style dataset")
         self.dataset = dataset
@@ -41,11 +46,18 @@ class Loader:
         self.num_workers = num_workers
         self.epoch = 0
         self.position = 0  # micro-batches of this epoch that were handed out
-        self._batches = len(dataset) // world // batch_size
+        self.drop_last = drop_last
+        count = len(dataset)
+        if drop_last:
+            self._batches = count // world // batch_size
+        else:
+            self._batches = -(-(-(-count // world)) // batch_size)
         if self._batches == 0:
             raise ValueError(
-                f"training_data has {len(dataset)} elements, fewer than one batch of "
+                f"training_data has {count} elements, fewer than one batch of "
                 f"{batch_size} for each of {world} ranks"
+                if drop_last
+                else "training_data is empty"
             )
 
     def __len__(self) -> int:
@@ -82,7 +94,12 @@ class Loader:
             order = torch.randperm(count, generator=generator)
         else:
             order = torch.arange(count)
-        return order[: count // self.world * self.world][self.rank :: self.world]
+        if self.drop_last:
+            order = order[: count // self.world * self.world]
+        else:
+            padded = -(-count // self.world) * self.world
+            order = order.repeat(-(-padded // count))[:padded]
+        return order[self.rank :: self.world]
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "position": self.position, "seed": self.seed}

@@ -318,9 +318,18 @@ SCHEDULES: dict[str, type[Schedule]] = {
 }
 
 
-def from_config(config: dict[str, Any], optimizer: torch.optim.Optimizer) -> Schedule | None:
-    """The scheduler of a resolved configuration; None where the rate is constant."""
+def from_config(config: dict[str, Any], optimizer: torch.optim.Optimizer) -> Any:
+    """The scheduler of a resolved configuration, DeepSpeed's or PyTorch's; None where the rate is
+    constant. ValueError where its parameters do not suit it or the optimizer."""
     section = config.get("scheduler")
     if not section:
         return None
-    return SCHEDULES[section["type"]](optimizer, **section["params"])
+    name, params = section["type"], section["params"]
+    kind = SCHEDULES.get(name) or getattr(torch.optim.lr_scheduler, name, None)
+    if kind is None:
+        raise ValueError(f"scheduler.type {name!r}: this PyTorch ({torch.__version__}) has none")
+    try:
+        return kind(optimizer, **params)
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in params.items())
+        raise ValueError(f"the scheduler {name} cannot be made with {given}: {error}") from error
