@@ -42,7 +42,7 @@ struct Config {
   // The rest of the block "bf16".
   struct Bf16 {
     bool immediate_grad_update = false;
-    bool check_grad_overflow = false;  // DeepSpeed: true, which comes with loss scaling
+    bool check_grad_overflow = true;
     bool master_weights_and_grads = false;  // bf16_master_weights_and_grads
     bool optimizer_states = false;          // bf16_optimizer_states
     friend bool operator==(const Bf16&, const Bf16&) = default;
@@ -162,12 +162,12 @@ struct Config {
   } zero;
 
   struct Optimizer {
-    std::string type;  // "AdamW", or empty: the caller passes an optimizer
+    std::string type;  // "AdamW", "Adam", "Lion", "Adagrad", "SGD"; empty: the caller passes one
     double lr = 1e-3;  // after Parse this and the next are the type's defaults where left out
     double beta1 = 0.9;
     double beta2 = 0.999;
     double eps = 1e-8;
-    double weight_decay = 0.01;
+    double weight_decay = 0;
 
     bool legacy_fusion = false;
     bool adam_w_mode = true;
@@ -322,6 +322,14 @@ struct Config {
   // ParseConfig (base/config_parse.h) with the default options, for a job of `world` ranks, less
   // what it says beside the configuration.
   static absl::StatusOr<Config> Parse(absl::string_view json, uint32_t world);
+
+  // Whether a step whose gradients are not finite is skipped, as DeepSpeed does it: always in fp16;
+  // in bf16 unless bf16.check_grad_overflow is off, which stage 3 does not heed; in fp32 from
+  // stage 1 on.
+  bool SkipsNonfinite() const {
+    if (fp16.enabled || zero.stage == 3) return true;
+    return bf16 ? bf16_options.check_grad_overflow : zero.stage > 0;
+  }
 
   // Every key that has a value here, as JSON text with sorted keys: equal configurations give
   // equal texts, and Parse of it for the same world gives this configuration back. "optimizer" and

@@ -63,6 +63,18 @@ void CheckPrecision(ParseState* state) {
   if (config.bf16 && config.fp16.enabled) {
     state->problems.Add("fp16.enabled", "true is not allowed beside bf16.enabled; keep one");
   }
+  const std::string enabled = config.fp16.enabled ? "fp16" : config.bf16 ? "bf16" : "fp32";
+  const std::string asked = config.data_types.param_dtype.value_or(enabled);
+  const std::pair<const char*, const char*> names[] = {
+      {"float32", "fp32"}, {"float", "fp32"}, {"float16", "fp16"}, {"half", "fp16"},
+      {"bfloat16", "bf16"}};
+  const auto name = std::find_if(std::begin(names), std::end(names),
+                                 [&asked](const auto& n) { return asked == n.first; });
+  if ((name == std::end(names) ? asked : std::string(name->second)) != enabled) {
+    state->problems.Add("data_types.param_dtype",
+                        absl::StrCat(Quoted(asked), " is not what bf16.enabled and fp16.enabled "
+                                     "say, which is ", enabled));
+  }
   if (config.zerod.master_remainder && !config.bf16 && !state->problems.Concerns("bf16")) {
     state->problems.Add(
         "zerod.master_remainder",
@@ -148,19 +160,24 @@ bool HasType(const char* block, absl::string_view advice, ParseState* state) {
 
 void ResolveOptimizer(ParseState* state) {
   if (!HasType("optimizer",
-               "it must be \"AdamW\", or leave out \"optimizer\" and pass one", state)) {
+               "it may be \"AdamW\"; or leave out \"optimizer\" and pass one", state)) {
     return;
   }
   Config::Optimizer& optimizer = state->parsed.config.optimizer;
   const auto by_type = [state](const char* path, double* value, double of_type) {
     if (!state->Given(path) && !state->problems.Concerns(path)) *value = of_type;
   };
-  if (optimizer.type != "AdamW") {
-    by_type("optimizer.params.weight_decay", &optimizer.weight_decay, 0);
+  if (optimizer.type == "AdamW" && optimizer.torch_adam) {
+    by_type("optimizer.params.weight_decay", &optimizer.weight_decay, 0.01);
   }
   if (optimizer.type == "Adagrad") {
     by_type("optimizer.params.lr", &optimizer.lr, 1e-2);
     by_type("optimizer.params.eps", &optimizer.eps, 1e-10);
+  }
+  if (optimizer.type == "SGD" && optimizer.nesterov &&
+      (optimizer.momentum == 0 || optimizer.dampening != 0)) {
+    state->problems.Add("optimizer.params.nesterov",
+                        "true needs a momentum, and no dampening");
   }
   if (optimizer.type == "Muon") by_type("optimizer.params.momentum", &optimizer.momentum, 0.95);
 }

@@ -37,8 +37,6 @@ const Gate* AutocastGate() {
   return &gate;
 }
 
-constexpr char kFp16Later[] = "fp16 and loss scaling come later; bf16 and fp32 are served";
-
 Words DataTypeNames() {
   return {"fp32", "fp16", "bf16", "float32", "float16", "bfloat16", "float", "half"};
 }
@@ -67,11 +65,11 @@ void AppendBf16Keys(std::vector<ConfigKey>* keys) {
   const std::vector<ConfigKey> bf16 = {
       {.path = "bf16.enabled", .note = "bfloat16 parameters and gradients, fp32 master and moments",
        .slot = SLOT(bf16)},
-      {.path = "bf16.immediate_grad_update", .served = Served::kNotYet,
-       .note = "gradients are handed over as they are complete, and summed at the step",
+      {.path = "bf16.immediate_grad_update", .served = Served::kNoMeaning,
+       .note = "gradients are always handed over as they come, and kept in fp32",
        .slot = SLOT(bf16_options.immediate_grad_update), .gate = Bf16Gate()},
-      {.path = "bf16.check_grad_overflow", .served = Served::kNotYet,
-       .note = "a gradient that is not finite is not looked for yet. DeepSpeed's default is true",
+      {.path = "bf16.check_grad_overflow",
+       .note = "a step whose gradients are not finite is skipped; at stage 3 always, as in DeepSpeed",
        .slot = SLOT(bf16_options.check_grad_overflow), .gate = Bf16Gate()},
       {.path = "bf16.bf16_master_weights_and_grads", .served = Served::kNotYet,
        .note = "the master copy is fp32", .slot = SLOT(bf16_options.master_weights_and_grads),
@@ -84,38 +82,45 @@ void AppendBf16Keys(std::vector<ConfigKey>* keys) {
 
 void AppendFp16Keys(std::vector<ConfigKey>* keys) {
   const std::vector<ConfigKey> fp16 = {
-      {.path = "fp16.enabled", .served = Served::kNotYet, .note = kFp16Later,
+      {.path = "fp16.enabled",
+       .note = "float16 parameters and gradients, fp32 master and moments, loss scaling",
        .slot = SLOT(fp16.enabled)},
-      {.path = "fp16.auto_cast", .served = Served::kNotYet, .note = kFp16Later,
+      {.path = "fp16.auto_cast", .note = "floating-point inputs of the model are cast to float16",
        .slot = SLOT(fp16.auto_cast), .gate = Fp16Gate()},
-      {.path = "fp16.loss_scale", .served = Served::kNotYet, .note = kFp16Later,
+      {.path = "fp16.loss_scale", .served = Served::kWorksBetter,
+       .note = "0: dynamic. Gradients are divided by the scale that they were made with; DeepSpeed "
+               "takes the new one on a step on which the scale grows",
        .slot = SLOT(fp16.loss_scale), .min = 0, .max = kRealMax, .gate = Fp16Gate()},
-      {.path = "fp16.initial_scale_power", .served = Served::kNotYet, .note = kFp16Later,
+      {.path = "fp16.initial_scale_power", .note = "the first scale is 2 to this power",
        .slot = SLOT(fp16.initial_scale_power), .min = -126, .max = 127, .gate = DynamicScaleGate()},
-      {.path = "fp16.loss_scale_window", .served = Served::kNotYet, .note = kFp16Later,
+      {.path = "fp16.loss_scale_window",
+       .note = "steps without overflow after which the scale doubles",
        .slot = SLOT(fp16.loss_scale_window), .min = 1, .max = kCountMax,
        .gate = DynamicScaleGate()},
       // DeepSpeed takes 0 and then never lowers the scale: every step is skipped for ever.
-      {.path = "fp16.hysteresis", .served = Served::kNotYet, .note = kFp16Later,
+      {.path = "fp16.hysteresis",
+       .note = "the overflow of so many at which the scale is halved; 1 at stage 0, as in DeepSpeed",
        .slot = SLOT(fp16.hysteresis), .min = 1, .max = kCountMax, .gate = DynamicScaleGate()},
-      {.path = "fp16.consecutive_hysteresis", .served = Served::kNotYet, .note = kFp16Later,
+      {.path = "fp16.consecutive_hysteresis",
+       .note = "any step without overflow restores the hysteresis",
        .slot = SLOT(fp16.consecutive_hysteresis), .gate = DynamicScaleGate()},
-      {.path = "fp16.min_loss_scale", .served = Served::kNotYet, .note = kFp16Later,
+      {.path = "fp16.min_loss_scale",
+       .note = "an overflow there fails step() on every rank, but at stage 0",
        .slot = SLOT(fp16.min_loss_scale), .min = 1, .max = kCountMax, .gate = DynamicScaleGate()},
-      {.path = "fp16.fp16_master_weights_and_grads", .served = Served::kNotYet, .note = kFp16Later,
-       .slot = SLOT(fp16.master_weights_and_grads), .gate = Fp16Gate()},
+      {.path = "fp16.fp16_master_weights_and_grads", .served = Served::kNotYet,
+       .note = "the master copy is fp32", .slot = SLOT(fp16.master_weights_and_grads),
+       .gate = Fp16Gate()},
   };
   keys->insert(keys->end(), fp16.begin(), fp16.end());
 }
 
 void AppendDataTypeKeys(std::vector<ConfigKey>* keys) {
-  static constexpr char kAutocastLater[] = "torch.autocast around the engine's call works";
   const std::vector<ConfigKey> types = {
-      {.path = "data_types.grad_accum_dtype", .served = Served::kNotYet,
-       .note = "the type that gradients are accumulated in cannot be chosen yet",
+      {.path = "data_types.grad_accum_dtype", .served = Served::kWorksBetter,
+       .note = "gradients are accumulated in fp32, whatever is asked for",
        .slot = SLOT(data_types.grad_accum_dtype), .choices = DataTypeNames(), .any_case = true},
-      {.path = "data_types.param_dtype", .served = Served::kNotYet,
-       .note = "bf16.enabled chooses the parameters' type",
+      {.path = "data_types.param_dtype",
+       .note = "must be what bf16.enabled and fp16.enabled say",
        .slot = SLOT(data_types.param_dtype), .choices = DataTypeNames(), .any_case = true},
       {.path = "data_types.buffer_dtype", .served = Served::kNotYet,
        .note = "buffers keep their type", .slot = SLOT(data_types.buffer_dtype),
@@ -123,13 +128,16 @@ void AppendDataTypeKeys(std::vector<ConfigKey>* keys) {
       {.path = "data_types.keep_in_fp32_modules", .served = Served::kNotYet,
        .note = "a job has parameters of one type", .slot = SLOT(data_types.keep_in_fp32_modules),
        .choices = {"auto"}},
-      {.path = "torch_autocast.enabled", .served = Served::kNotYet, .note = kAutocastLater,
+      {.path = "torch_autocast.enabled",
+       .note = "the engine's forward runs in torch.autocast; parameters stay fp32",
        .slot = SLOT(data_types.autocast)},
-      {.path = "torch_autocast.dtype", .served = Served::kNotYet, .note = kAutocastLater,
-       .slot = SLOT(data_types.autocast_dtype), .choices = DataTypeNames(), .any_case = true,
-       .gate = AutocastGate()},
-      {.path = "torch_autocast.lower_precision_safe_modules", .served = Served::kNotYet,
-       .note = kAutocastLater, .slot = SLOT(data_types.lower_precision_safe_modules),
+      {.path = "torch_autocast.dtype", .note = "bfloat16, which is the default on CPUs",
+       .slot = SLOT(data_types.autocast_dtype), .choices = {"bf16", "bfloat16"},
+       .later = {"fp16", "float16", "half"}, .any_case = true, .gate = AutocastGate()},
+      {.path = "torch_autocast.lower_precision_safe_modules", .served = Served::kNoMeaning,
+       .note = "it lists whose gradients DeepSpeed sends in 16 bits; communication_data_type is for "
+               "all",
+       .slot = SLOT(data_types.lower_precision_safe_modules),
        .gate = AutocastGate()},
   };
   keys->insert(keys->end(), types.begin(), types.end());
@@ -137,25 +145,25 @@ void AppendDataTypeKeys(std::vector<ConfigKey>* keys) {
 
 void AppendCommunicationKeys(std::vector<ConfigKey>* keys) {
   const std::vector<ConfigKey> communication = {
-      {.path = "communication_data_type", .served = Served::kNotYet,
-       .note = "the type on the wire cannot be chosen yet",
+      {.path = "communication_data_type", .served = Served::kWorksBetter,
+       .note = "of gradients between nodes; left out: the parameters' type. Sums are fp32's",
        .slot = SLOT(communication.data_type), .choices = {"fp32", "fp16", "bf16"},
        .any_case = true},
       {.path = "seq_parallel_communication_data_type", .served = Served::kNever,
        .note = "there is no sequence parallelism",
        .slot = SLOT(communication.seq_parallel_data_type),
        .choices = {"fp32", "fp16", "bf16"}, .any_case = true},
-      {.path = "prescale_gradients", .served = Served::kNotYet,
-       .note = "gradients are summed in fp32 and divided then",
+      {.path = "prescale_gradients", .served = Served::kNoMeaning,
+       .note = "gradients are summed in fp32, where it does not matter when one divides",
        .slot = SLOT(communication.prescale_gradients)},
-      {.path = "gradient_predivide_factor", .served = Served::kNotYet,
-       .note = "gradients are summed in fp32 and divided then",
+      {.path = "gradient_predivide_factor", .served = Served::kNoMeaning,
+       .note = "gradients are summed in fp32, where it does not matter when one divides",
        .slot = SLOT(communication.gradient_predivide_factor), .min = 1e-30, .max = kRealMax},
-      {.path = "gradient_allreduce_op", .served = Served::kNotYet,
-       .note = "the mean over the ranks is taken",
+      {.path = "gradient_allreduce_op", .served = Served::kWorksBetter,
+       .note = "mean or sum over the ranks, at every stage",
        .slot = SLOT(communication.gradient_allreduce_op), .choices = {"mean", "sum"}},
-      {.path = "managed_gradient_accumulation", .served = Served::kNotYet,
-       .note = "step() acts at the boundary; engine.set_gradient_accumulation_boundary moves it",
+      {.path = "managed_gradient_accumulation",
+       .note = "false: every step() takes the optimizer's step",
        .slot = SLOT(communication.managed_gradient_accumulation)},
       {.path = "disable_allgather", .served = Served::kNoMeaning,
        .note = "shards go from their owner to those who want them, with no collective to disable",

@@ -8,7 +8,7 @@ namespace {
 
 using C = Config;
 
-constexpr char kOptimizerLater[] = "other optimizers than AdamW come later";
+constexpr char kOptimizerLater[] = "LAMB and Muon come later";
 constexpr char kTakesFunction[] =
     "it takes a function, which no file can hold; pass the scheduler itself as lr_scheduler=";
 constexpr char kTakesSchedulers[] =
@@ -29,9 +29,10 @@ Words With(Words types, const Words& more) {
 void AppendAdamKeys(std::vector<ConfigKey>* keys) {
   const std::vector<ConfigKey> adam = {
       {.path = "optimizer.type",
-       .note = "AdamW, or leave out \"optimizer\" and pass a torch.optim.AdamW",
-       .slot = SLOT(optimizer.type), .choices = {"AdamW"},
-       .later = {"Adam", "Lion", "Adagrad", "SGD", "Lamb", "Muon", "MuAdam", "MuAdamW", "MuSGD",
+       .note = "or leave out \"optimizer\" and pass one of torch.optim. Adam is AdamW unless "
+               "adam_w_mode is false",
+       .slot = SLOT(optimizer.type), .choices = {"AdamW", "Adam", "Lion", "Adagrad", "SGD"},
+       .later = {"Lamb", "Muon", "MuAdam", "MuAdamW", "MuSGD",
                  "RMSprop", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop"},
        .any_case = true},
       {.path = "optimizer.legacy_fusion", .served = Served::kNoMeaning,
@@ -45,15 +46,15 @@ void AppendAdamKeys(std::vector<ConfigKey>* keys) {
        .slot = SLOT(optimizer.eps), .min = 0, .max = kRealMax,
        .types = With(Adams(), {"Lamb", "Adagrad", "Muon"})},
       {.path = "optimizer.params.weight_decay",
-       .note = "decoupled. Default 0.01, that of torch.optim.AdamW; DeepSpeed's own classes have 0",
+       .note = "0.01 for AdamW with torch_adam, which is torch's default",
        .slot = SLOT(optimizer.weight_decay), .min = 0, .max = kRealMax},
-      {.path = "optimizer.params.adam_w_mode", .served = Served::kNotYet,
-       .note = "weight decay is decoupled", .slot = SLOT(optimizer.adam_w_mode), .types = Adams()},
-      {.path = "optimizer.params.bias_correction", .served = Served::kNotYet,
-       .note = "the bias is corrected", .slot = SLOT(optimizer.bias_correction),
+      {.path = "optimizer.params.adam_w_mode",
+       .note = "of Adam: decoupled weight decay, else L2 regularization. AdamW's is always decoupled",
+       .slot = SLOT(optimizer.adam_w_mode), .types = Adams()},
+      {.path = "optimizer.params.bias_correction", .slot = SLOT(optimizer.bias_correction),
        .types = With(Adams(), {"Lamb"})},
       {.path = "optimizer.params.torch_adam", .served = Served::kNoMeaning,
-       .note = "the daemon's kernel computes what torch.optim.AdamW does",
+       .note = "the daemon's kernel computes what torch's does; weight_decay's default is torch's",
        .slot = SLOT(optimizer.torch_adam), .types = Adams()},
       {.path = "optimizer.params.foreach", .served = Served::kNoMeaning,
        .note = "it chooses among implementations of the same arithmetic",
@@ -84,21 +85,22 @@ void AppendAdamKeys(std::vector<ConfigKey>* keys) {
 }
 
 void AppendOtherOptimizerKeys(std::vector<ConfigKey>* keys) {
+  const auto serve = [keys](ConfigKey key) { keys->push_back(std::move(key)); };
   const auto later = [keys](ConfigKey key) {
     key.served = Served::kNotYet;
     key.note = kOptimizerLater;
     keys->push_back(std::move(key));
   };
-  later({.path = "optimizer.params.lr_decay", .slot = SLOT(optimizer.lr_decay), .min = 0,
+  serve({.path = "optimizer.params.lr_decay", .slot = SLOT(optimizer.lr_decay), .min = 0,
          .max = kRealMax, .types = {"Adagrad"}});
-  later({.path = "optimizer.params.initial_accumulator_value",
+  serve({.path = "optimizer.params.initial_accumulator_value",
          .slot = SLOT(optimizer.initial_accumulator_value), .min = 0, .max = kRealMax,
          .types = {"Adagrad"}});
-  later({.path = "optimizer.params.momentum", .slot = SLOT(optimizer.momentum), .min = 0, .max = 1,
+  serve({.path = "optimizer.params.momentum", .slot = SLOT(optimizer.momentum), .min = 0, .max = 1,
          .types = {"SGD", "Muon"}});
-  later({.path = "optimizer.params.dampening", .slot = SLOT(optimizer.dampening), .min = 0,
+  serve({.path = "optimizer.params.dampening", .slot = SLOT(optimizer.dampening), .min = 0,
          .max = 1, .types = {"SGD"}});
-  later({.path = "optimizer.params.nesterov", .slot = SLOT(optimizer.nesterov),
+  serve({.path = "optimizer.params.nesterov", .slot = SLOT(optimizer.nesterov),
          .types = {"SGD"}});
   later({.path = "optimizer.params.eps_inside_sqrt", .slot = SLOT(optimizer.eps_inside_sqrt),
          .types = {"Lamb"}});

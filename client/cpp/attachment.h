@@ -38,6 +38,8 @@ struct ParameterPlan {  // in the order of AttachOptions::parameters
 struct AttachPlan {
   uint64_t generation = 0;
   uint64_t committed_step = 0;
+  double loss_scale = 1;           // of the next step
+  bool committed_skipped = false;  // the committed step was skipped
   bool initialized = false;
   std::vector<UnitPlan> units;
   std::vector<ParameterPlan> parameters;

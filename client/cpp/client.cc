@@ -79,6 +79,7 @@ absl::Status ClientImpl::Start() {
   unit_holds_.resize(units);
   held_.reserve(units);
   step_.store(p.committed_step + 1, std::memory_order_relaxed);
+  loss_scale_.store(p.loss_scale, std::memory_order_relaxed);
   space_->SetStep(p.committed_step + 1);
   if (p.initialized) return MapResident();
   return absl::OkStatus();

@@ -39,6 +39,8 @@ class ClientImpl final : public Client {
   const std::vector<ParameterView>& parameters() const override { return parameters_; }
   uint64_t generation() const override { return plan().generation; }
   uint64_t resumed_step() const override { return plan().committed_step; }
+  bool resumed_skipped() const override { return plan().committed_skipped; }
+  double loss_scale() const override { return loss_scale_.load(std::memory_order_relaxed); }
   bool initialized() const override { return plan().initialized; }
   uint32_t members() const override { return plan().members; }
   uint32_t stage() const override { return plan().stage; }
@@ -111,6 +113,7 @@ class ClientImpl final : public Client {
   std::unique_ptr<Requests> requests_;
   std::unique_ptr<Gradients> gradients_;  // Turn::kLanding
   std::atomic<uint64_t> step_{1};         // written under mu_
+  std::atomic<double> loss_scale_{1};     // of the next step
   std::atomic<bool> left_{false};         // Detach() succeeded
 
   // Before Requests' own mutex in the order of locking.

@@ -90,7 +90,19 @@ absl::Status ClientImpl::PostStep(const StepRequest& request) {
   record.groups = static_cast<uint32_t>(request.groups.size());
   for (size_t i = 0; i < request.groups.size(); ++i) {
     const Group& group = request.groups[i];
-    record.group[i] = {group.lr, group.beta1, group.beta2, group.eps, group.weight_decay, {}};
+    shm::GroupRecord& r = record.group[i];
+    r.lr = group.lr;
+    r.beta1 = group.beta1;
+    r.beta2 = group.beta2;
+    r.eps = group.eps;
+    r.weight_decay = group.weight_decay;
+    r.momentum = group.momentum;
+    r.dampening = group.dampening;
+    r.lr_decay = group.lr_decay;
+    r.initial_accumulator_value = group.initial_accumulator_value;
+    r.flags = (group.decoupled ? uint64_t{shm::kDecoupled} : 0) |
+              (group.bias_correction ? uint64_t{shm::kBiasCorrection} : 0) |
+              (group.nesterov ? uint64_t{shm::kNesterov} : 0);
   }
   memcpy(&submit()->step, &record, sizeof(record));
   shm::SubmitEntry entry{};
@@ -143,6 +155,8 @@ absl::StatusOr<StepResult> ClientImpl::Step(const StepRequest& request) {
   StepResult result;
   result.skipped = complete()->skipped != 0;
   result.grad_norm = complete()->grad_norm;
+  result.loss_scale = complete()->loss_scale;
+  loss_scale_.store(result.loss_scale, std::memory_order_relaxed);
   RETURN_IF_ERROR(ForgetStep(true));
   return result;
 }

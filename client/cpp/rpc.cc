@@ -38,8 +38,10 @@ void FillModel(const AttachOptions& options, v1::Model* model) {
     out->set_group(parameter.group);
     for (const std::string& path : parameter.modules) out->add_modules(path);
   }
-  model->set_dtype(options.dtype == DType::kFloat32 ? v1::DATA_TYPE_FLOAT32
-                                                    : v1::DATA_TYPE_BFLOAT16);
+  for (const OptimizerKind kind : options.groups) {
+    model->add_groups(static_cast<v1::OptimizerKind>(kind));
+  }
+  model->set_dtype(static_cast<v1::DataType>(options.dtype));
 }
 
 absl::Status Damaged(const std::string& what) {
@@ -111,7 +113,7 @@ absl::StatusOr<std::vector<ParameterPlan>> ReadPlaces(const AttachOptions& optio
 absl::StatusOr<AttachPlan> ReadPlan(const AttachOptions& options,
                                     const v1::AttachResponse& response) {
   AttachPlan plan;
-  if (response.dtype() != v1::DATA_TYPE_FLOAT32 && response.dtype() != v1::DATA_TYPE_BFLOAT16) {
+  if (response.dtype() < v1::DATA_TYPE_FLOAT32 || response.dtype() > v1::DATA_TYPE_FLOAT16) {
     return Damaged(absl::StrCat("data type ", response.dtype()));
   }
   if (response.gradient_plan() != v1::GRADIENT_PLAN_PER_RANK &&
@@ -133,8 +135,9 @@ absl::StatusOr<AttachPlan> ReadPlan(const AttachOptions& options,
   plan.transfer_bytes = response.transfer_bytes();
   plan.blob_offset = response.blob_offset();
   plan.stage = response.stage();
-  plan.dtype =
-      response.dtype() == v1::DATA_TYPE_FLOAT32 ? DType::kFloat32 : DType::kBFloat16;
+  plan.dtype = static_cast<DType>(response.dtype());
+  plan.loss_scale = response.loss_scale();
+  plan.committed_skipped = response.committed_skipped();
   plan.guard_pages = response.guard_pages();
   plan.resolved_config = response.resolved_config();
   plan.plan_text = response.plan_text();

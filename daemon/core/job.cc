@@ -22,6 +22,9 @@ Job::Job(JobSpec spec, WindowPort* window)
   units_.resize(units);
   parameter_steps_.resize(spec_.layout->parameters().size(), 0);
   left_.resize(spec_.world, false);
+  if (spec_.loss_scale.has_value()) {
+    step_result_.next_loss_scale = LossScaler(*spec_.loss_scale).scale();
+  }
   sent_seq_.resize(spec_.members, 0);
   if (spec_.self == 0) {
     std::vector<bool> gather_after_commit(units);

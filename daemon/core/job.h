@@ -25,6 +25,7 @@
 #include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "daemon/core/layout.h"
+#include "daemon/core/loss_scaler.h"
 #include "daemon/core/types.h"
 #include "daemon/core/window.h"
 
@@ -42,7 +43,9 @@ struct JobSpec {
   uint32_t local_world = 1;       // clients of this node
   uint32_t stage = 0;
   bool node_sum = false;          // the gradient plan; false: per_rank
+  bool sum_gradients = false;     // the ranks' gradients are added, else their mean is taken
   bool skip_nonfinite = false;
+  std::optional<LossScaleSpec> loss_scale;  // nothing: clients say what they scaled by
   bool untouched_as_zero = false;  // zerod.unused_parameters = "zero"
   uint64_t prefetch_elements = 0;
   // What is being gathered at once, more waits at member 0: two units of a large model, one that
@@ -56,6 +59,7 @@ struct JobSpec {
 struct StepResult {
   double grad_norm = 0;
   bool skipped = false;
+  double next_loss_scale = 1;
 };
 // Answers a request of a client. `scalar` and `step` are set where the request was one.
 struct Complete {
@@ -230,6 +234,8 @@ class Job {
   uint64_t generation() const { return generation_; }
   Step committed() const { return committed_; }
   uint64_t applied() const { return applied_; }
+  // Of the committed step; before the first only `next_loss_scale` has a meaning.
+  const StepResult& last_step() const { return step_result_; }
   const JobSpec& spec() const { return spec_; }
   // True where the unit's copy is written by the optimizer itself: one member, or stage 0.
   bool ValidAfterApply(UnitIndex u) const;

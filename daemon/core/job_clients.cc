@@ -15,6 +15,26 @@ namespace {
 constexpr size_t kScalarsMax = 64;
 constexpr size_t kGroupsMax = 64;
 
+absl::Status CheckGroups(const Layout& layout, const HyperParameters& hyper) {
+  std::vector<bool> checked(hyper.groups.size(), false);
+  for (const Parameter& p : layout.parameters()) {
+    if (!p.trainable) continue;
+    if (p.group >= hyper.groups.size()) {
+      return absl::InvalidArgumentError(absl::StrCat("the parameter '", p.name, "' is in group ",
+                                                     p.group, ", but STEP has ",
+                                                     hyper.groups.size(), " groups"));
+    }
+    if (checked[p.group]) continue;
+    checked[p.group] = true;
+    const absl::Status status = CheckGroup(layout.optimizer(p.group), hyper.groups[p.group]);
+    if (!status.ok()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(status.message(), " (parameter group ", p.group, ")"));
+    }
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 bool Job::Attached(SlotIndex slot) const {
@@ -224,7 +244,7 @@ void Job::OnStep(SlotIndex slot, uint64_t cookie, Step step, const HyperParamete
     Complete c;
     c.slot = slot;
     c.cookie = cookie;
-    c.step = StepResult{};
+    c.step = step == committed_ ? step_result_ : StepResult{};
     return Emit(std::move(c));
   }
   absl::Status status = CheckUnitAndStep(0, step);
@@ -233,14 +253,13 @@ void Job::OnStep(SlotIndex slot, uint64_t cookie, Step step, const HyperParamete
   } else if (status.ok() && hyper.groups.size() > kGroupsMax) {
     status = absl::InvalidArgumentError("too many parameter groups");
   } else if (status.ok()) {
-    for (const Parameter& p : spec_.layout->parameters()) {
-      if (p.trainable && p.group >= hyper.groups.size()) {
-        status = absl::InvalidArgumentError(
-            absl::StrCat("the parameter '", p.name, "' is in group ", p.group, ", but STEP has ",
-                         hyper.groups.size(), " groups"));
-        break;
-      }
-    }
+    status = CheckGroups(*spec_.layout, hyper);
+  }
+  if (status.ok() && spec_.loss_scale.has_value() &&
+      hyper.loss_scale != step_result_.next_loss_scale) {
+    status = absl::InvalidArgumentError(
+        absl::StrCat("this step's loss is to be multiplied by ", step_result_.next_loss_scale,
+                     ", STEP says ", hyper.loss_scale));
   }
   if (status.ok()) status = MissingRank();
   if (!status.ok()) return Answer({slot, cookie}, status);
@@ -305,9 +324,9 @@ void Job::OnRead(SlotIndex slot, uint64_t cookie, UnitIndex unit, uint64_t begin
   if (!Attached(slot)) return;
   absl::Status status = CheckUnitAndStep(unit, committed_ + 1);
   if (status.ok()) status = CheckRange(unit, begin, count);
-  if (status.ok() && (kind != StateKind::kMaster && kind != StateKind::kExpAvg &&
-                      kind != StateKind::kExpAvgSq)) {
-    status = absl::InvalidArgumentError("no such kind of state");
+  if (status.ok() && static_cast<uint32_t>(kind) > spec_.layout->state_tensors()) {
+    status = absl::InvalidArgumentError(absl::StrCat(
+        "the job's optimizer keeps ", spec_.layout->state_tensors(), " tensors of state"));
   }
   if (!status.ok()) return Answer({slot, cookie}, status);
   requests_.push_back({slot, cookie});

@@ -220,7 +220,7 @@ void Job::StartCommit(const Entry& e) {
     AnswerAll(&u.waiters, absl::CancelledError("STEP was sent before the gather was answered"));
   }
   committed_ = e.step;
-  step_result_ = {d.grad_norm, d.kind == Decision::Kind::kSkip};
+  step_result_ = {d.grad_norm, d.kind == Decision::Kind::kSkip, d.next_loss_scale};
   if (d.kind == Decision::Kind::kApply) ++applied_;
   finishing_step_ = true;
   Emit(CommitBlobs{e.step});

@@ -70,6 +70,7 @@ absl::StatusOr<Layout> Layout::Build(const ModelDescription& model,
 
   Layout layout;
   layout.dtype_ = model.dtype;
+  layout.groups_ = model.groups;
   std::set<std::string> names;
   layout.units_.resize(assignment.names.size());
   for (size_t u = 0; u < assignment.names.size(); ++u) layout.units_[u].name = assignment.names[u];
@@ -83,6 +84,11 @@ absl::StatusOr<Layout> Layout::Build(const ModelDescription& model,
       return absl::InvalidArgumentError(absl::StrCat("the parameter '", d.name, "' is in group ",
                                                      d.group, ": at most ", kGroupsMax,
                                                      " parameter groups are served"));
+    }
+    if (d.trainable && !model.groups.empty() && d.group >= model.groups.size()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("the parameter '", d.name, "' is in group ", d.group, " of an optimizer with ",
+                       model.groups.size(), " groups"));
     }
     Parameter p;
     p.name = d.name;
@@ -99,6 +105,11 @@ absl::StatusOr<Layout> Layout::Build(const ModelDescription& model,
     layout.parameters_.push_back(std::move(p));
   }
 
+  for (const Parameter& p : layout.parameters_) {
+    if (!p.trainable) continue;
+    layout.state_tensors_ =
+        std::max(layout.state_tensors_, StateTensors(layout.optimizer(p.group)));
+  }
   layout.Place();
   if (layout.chunks_ >= std::numeric_limits<uint32_t>::max()) {
     return absl::InvalidArgumentError("the model needs more than 2^32 chunks of 64 KiB");
@@ -132,7 +143,7 @@ void Layout::Place() {
 
 Hash128 Layout::ComputeHash() const {
   Hasher h;
-  h.Add("zerod layout 1").Add(uint64_t(dtype_)).Add(uint64_t{units_.size()});
+  h.Add("zerod layout 2").Add(uint64_t(dtype_)).Add(uint64_t{units_.size()});
   for (const Unit& unit : units_) {
     h.Add(unit.name).Add(unit.elements).Add(uint64_t{unit.parameters.size()});
     for (uint32_t i : unit.parameters) {
@@ -140,6 +151,7 @@ Hash128 Layout::ComputeHash() const {
       h.Add(uint64_t{i}).Add(p.name).Add(uint64_t{p.shape.size()});
       for (int64_t d : p.shape) h.Add(static_cast<uint64_t>(d));
       h.Add(p.offset).Add(uint64_t{p.group}).Add(uint64_t{p.trainable});
+      if (p.trainable) h.Add(uint64_t(optimizer(p.group)));
     }
   }
   return h.Finish();

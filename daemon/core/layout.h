@@ -16,8 +16,11 @@
 
 namespace zerod::core {
 
-enum class DType : uint8_t { kFloat32 = 1, kBFloat16 = 2 };
+enum class DType : uint8_t { kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
 constexpr uint64_t DTypeBytes(DType t) { return t == DType::kFloat32 ? 4 : 2; }
+constexpr const char* DTypeName(DType t) {  // torch's
+  return t == DType::kFloat32 ? "float32" : t == DType::kBFloat16 ? "bfloat16" : "float16";
+}
 
 struct ModuleDescription {
   std::string path;  // "" is the root, which comes first; a parent comes before its children
@@ -38,6 +41,7 @@ struct ModelDescription {
   std::vector<ModuleDescription> modules;
   std::vector<ParameterDescription> parameters;
   DType dtype = DType::kFloat32;
+  std::vector<OptimizerKind> groups;  // per parameter group; empty: all are kAdam
 };
 
 struct Parameter {
@@ -90,6 +94,12 @@ class Layout {
   uint64_t Blocks(Range range) const {
     return range.empty() ? 0 : (range.size() + block_elements_ - 1) / block_elements_;
   }
+  // What updates the parameters of a group; every group of a trainable parameter has one.
+  OptimizerKind optimizer(uint32_t group) const {
+    return groups_.empty() ? OptimizerKind::kAdam : groups_[group];
+  }
+  // Tensors of optimizer state kept for every trainable element: the most that any group needs.
+  uint32_t state_tensors() const { return state_tensors_; }
   uint64_t UnitBytes(UnitIndex u) const { return units_[u].elements * DTypeBytes(dtype_); }
   const Hash128& hash() const { return hash_; }
 
@@ -100,6 +110,8 @@ class Layout {
   DType dtype_ = DType::kFloat32;
   std::vector<Unit> units_;
   std::vector<Parameter> parameters_;
+  std::vector<OptimizerKind> groups_;
+  uint32_t state_tensors_ = 0;
   uint64_t elements_ = 0;
   uint64_t trainable_elements_ = 0;
   uint64_t parameter_elements_ = 0;

@@ -36,7 +36,7 @@ absl::Status LossScaler::Update(bool overflow) {
     --hysteresis_;
     return absl::OkStatus();
   }
-  if (scale_ <= spec_.min_scale) {
+  if (scale_ <= spec_.min_scale && spec_.fails_at_min) {
     return absl::FailedPreconditionError(absl::StrCat(
         "the gradients overflow at the smallest loss scale, ", spec_.min_scale,
         " (fp16.min_loss_scale): the training has diverged. Lower the learning rate, or use bf16"));

@@ -16,9 +16,10 @@ struct LossScaleSpec {
   double static_scale = 0;      // > 0: constant; an overflow skips the step all the same
   double initial_scale = 65536;  // fp16.initial_scale_power, as a power of two
   uint64_t window = 1000;       // steps without overflow after which the scale doubles
-  uint32_t hysteresis = 2;      // overflows that are borne before the scale is halved
+  uint64_t hysteresis = 2;      // overflows that are borne before the scale is halved
   bool consecutive_hysteresis = false;  // any step without overflow restores them
   double min_scale = 1;
+  bool fails_at_min = true;  // an overflow there is an error; false: it only skips the step
 };
 
 // A pure function of the spec and the outcomes so far, the same on every member. Not thread-safe.
@@ -31,13 +32,13 @@ class LossScaler {
   double scale() const { return scale_; }
 
   // A step was attempted. FAILED_PRECONDITION where it overflowed at the smallest scale, which
-  // cannot be lowered any more: the training has diverged.
+  // cannot be lowered any more: the training has diverged (LossScaleSpec::fails_at_min).
   absl::Status Update(bool overflow);
 
  private:
   LossScaleSpec spec_;
   double scale_ = 1;
-  uint32_t hysteresis_ = 1;  // overflows left to bear, and the one that halves
+  uint64_t hysteresis_ = 1;  // overflows left to bear, and the one that halves
   uint64_t good_ = 0;        // steps since the last overflow, or the beginning
 };
 

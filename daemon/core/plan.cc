@@ -118,7 +118,8 @@ void PlanState(const Config& config, const Layout& layout, uint32_t members, Mem
     m.gradients = 4 * (stage <= 1 ? layout.trainable_elements() : trainable_shard);
     m.staging = kStagingBytes;
   }
-  m.moments = 8 * (stage == 0 ? layout.trainable_elements() : trainable_shard);
+  m.moments = 4 * layout.state_tensors() *
+              (stage == 0 ? layout.trainable_elements() : trainable_shard);
 }
 
 void PlanGradients(const Config& config, const Layout& layout, uint32_t local_world, bool node_sum,

@@ -36,6 +36,7 @@ Sequencer::Sequencer(const JobSpec* spec, std::vector<bool> gather_after_commit)
       gather_after_commit_(std::move(gather_after_commit)), members_(spec->members),
       attached_(spec->world, false), wants_(spec->layout.get(), spec->in_flight_elements),
       reduced_round_(spec->layout->units().size(), 0) {
+  if (spec->loss_scale.has_value()) loss_scaler_.emplace(*spec->loss_scale);
   ResetStep();
 }
 
@@ -358,7 +359,8 @@ void Sequencer::MaybeDecide(std::vector<Entry>* out) {
   }
 
   d.grad_norm = std::numeric_limits<double>::quiet_NaN();
-  d.grad_scale = 1.0 / (static_cast<double>(spec_->world) * d.hyper.loss_scale);
+  const double divisor = spec_->sum_gradients ? 1.0 : static_cast<double>(spec_->world);
+  d.grad_scale = 1.0 / (divisor * d.hyper.loss_scale);
   if (norm_needed_) {
     // Partial sums are combined in layout order, whoever owns the blocks.
     double sum = 0;
@@ -372,13 +374,26 @@ void Sequencer::MaybeDecide(std::vector<Entry>* out) {
     d.grad_norm = std::sqrt(sum) * d.grad_scale;
     if (spec_->skip_nonfinite && (nonfinite || !std::isfinite(sum))) {
       d.kind = Decision::Kind::kSkip;
+      d.grad_norm = std::numeric_limits<double>::infinity();
     } else if (d.hyper.max_norm > 0) {
       // torch.nn.utils.clip_grad_norm_: max_norm / (norm + 1e-6), at most 1.
       double coefficient = d.hyper.max_norm / (d.grad_norm + 1e-6);
       if (!(coefficient >= 1.0)) d.grad_scale *= coefficient;
     }
   }
+  SetLossScale(&d);
   Commit(std::move(d), out);
+}
+
+// The scale moves with what was decided. Where it cannot, the step is refused on every rank.
+void Sequencer::SetLossScale(Decision* decision) {
+  decision->next_loss_scale = decision->hyper.loss_scale;
+  if (!loss_scaler_.has_value()) return;
+  const absl::Status status = loss_scaler_->Update(decision->kind == Decision::Kind::kSkip);
+  decision->next_loss_scale = loss_scaler_->scale();
+  if (status.ok()) return;
+  decision->kind = Decision::Kind::kRefuse;
+  decision->reason = std::string(status.message());
 }
 
 void Sequencer::Commit(Decision decision, std::vector<Entry>* out) {

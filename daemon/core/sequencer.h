@@ -13,6 +13,7 @@
 #include "absl/status/status.h"
 #include "daemon/core/job.h"
 #include "daemon/core/layout.h"
+#include "daemon/core/loss_scaler.h"
 #include "daemon/core/types.h"
 #include "daemon/core/want_queue.h"
 
@@ -63,6 +64,7 @@ class Sequencer {
   void AddGather(UnitIndex unit, MemberSet wants, std::vector<Entry>* out);
   void AppendReduces(UnitIndex unit, std::vector<Entry>* out);
   void MaybeDecide(std::vector<Entry>* out);
+  void SetLossScale(Decision* decision);
   void Commit(Decision decision, std::vector<Entry>* out);
   void AfterCommit(std::vector<Entry>* out);
   void Leave(Rank rank, std::vector<Entry>* out);
@@ -80,6 +82,7 @@ class Sequencer {
   bool running_ = false;
   uint64_t next_seq_ = 1;
   Step committed_ = 0;
+  std::optional<LossScaler> loss_scaler_;
   WantQueue wants_;
   std::vector<uint8_t> reduced_round_;  // per unit: appended in this step
   bool norm_appended_ = false;

@@ -1,13 +1,55 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "daemon/core/types.h"
 
+#include <cmath>
+
+#include "absl/strings/str_cat.h"
+
 namespace zerod::core {
+namespace {
+
+absl::Status Refuse(const char* what) {
+  return absl::InvalidArgumentError(absl::StrCat("STEP with hyper-parameters that the optimizer ",
+                                                 "cannot use: ", what));
+}
+
+bool IsShare(double v) { return v >= 0 && v < 1; }
+
+}  // namespace
+
+absl::Status CheckGroup(OptimizerKind kind, const Group& g) {
+  if (!std::isfinite(g.lr) || !std::isfinite(g.weight_decay)) {
+    return Refuse("lr and weight_decay must be finite");
+  }
+  const bool adam = kind == OptimizerKind::kAdam;
+  if ((adam || kind == OptimizerKind::kLion) && (!IsShare(g.beta1) || !IsShare(g.beta2))) {
+    return Refuse("betas must lie in [0, 1)");
+  }
+  if ((adam || kind == OptimizerKind::kAdagrad) && (!std::isfinite(g.eps) || g.eps < 0)) {
+    return Refuse("eps must be finite and not negative");
+  }
+  if (kind == OptimizerKind::kAdagrad &&
+      (!std::isfinite(g.lr_decay) || g.lr_decay < 0 ||
+       !std::isfinite(g.initial_accumulator_value) || g.initial_accumulator_value < 0)) {
+    return Refuse("lr_decay and initial_accumulator_value must be finite and not negative");
+  }
+  if (kind == OptimizerKind::kSgd && (g.momentum != 0 || g.nesterov)) {
+    return Refuse("the job was begun without momentum, so there is no memory for it");
+  }
+  if (kind == OptimizerKind::kSgdMomentum &&
+      (!std::isfinite(g.momentum) || g.momentum < 0 || !std::isfinite(g.dampening))) {
+    return Refuse("momentum and dampening must be finite, momentum not negative");
+  }
+  return absl::OkStatus();
+}
 
 Hash128 HyperParameters::Hash() const {
   Hasher h;
   h.Add(max_norm).Add(loss_scale).Add(uint64_t{groups.size()});
   for (const Group& g : groups) {
-    h.Add(g.lr).Add(g.beta1).Add(g.beta2).Add(g.eps).Add(g.weight_decay);
+    h.Add(g.lr).Add(g.beta1).Add(g.beta2).Add(g.eps).Add(g.weight_decay).Add(g.momentum);
+    h.Add(g.dampening).Add(g.lr_decay).Add(g.initial_accumulator_value);
+    h.Add(uint64_t{g.decoupled}).Add(uint64_t{g.bias_correction}).Add(uint64_t{g.nesterov});
   }
   return h.Finish();
 }

@@ -33,14 +33,38 @@ constexpr MemberSet AllMembers(uint32_t members) {
 enum class StateKind : uint16_t { kMaster = 0, kExpAvg = 1, kExpAvgSq = 2 };
 enum class ScalarOp : uint16_t { kSum = 0, kMean = 1, kMin = 2, kMax = 3 };
 
+// What is computed for a parameter group, fixed for the life of a job: it says how much state there
+// is. Formulas: kernels/cpu/optimizers.h.
+enum class OptimizerKind : uint8_t {
+  kAdam = 1,         // AdamW too: Group::decoupled
+  kLion = 2,
+  kAdagrad = 3,
+  kSgd = 4,          // without momentum
+  kSgdMomentum = 5,
+};
+// fp32 tensors of state beside the master copy, StateKind::kExpAvg first.
+constexpr uint32_t StateTensors(OptimizerKind kind) {
+  return kind == OptimizerKind::kAdam ? 2 : kind == OptimizerKind::kSgd ? 0 : 1;
+}
+
+// A parameter group's hyper-parameters in one step. Each kind reads its own.
 struct Group {
   double lr = 0;
-  double beta1 = 0;
-  double beta2 = 0;
-  double eps = 0;
+  double beta1 = 0;         // Adam, Lion
+  double beta2 = 0;         // Adam, Lion
+  double eps = 0;           // Adam, Adagrad
   double weight_decay = 0;
+  double momentum = 0;      // kSgdMomentum
+  double dampening = 0;     // kSgdMomentum
+  double lr_decay = 0;      // Adagrad
+  double initial_accumulator_value = 0;  // Adagrad
+  bool decoupled = true;        // Adam: AdamW's weight decay
+  bool bias_correction = true;  // Adam
+  bool nesterov = false;        // kSgdMomentum
   friend bool operator==(const Group&, const Group&) = default;
 };
+// OK, or INVALID_ARGUMENT naming what `kind` cannot compute with.
+absl::Status CheckGroup(OptimizerKind kind, const Group& group);
 
 // What a client says with STEP. Members compare it; the values used are those of the COMMIT.
 struct HyperParameters {
@@ -60,8 +84,10 @@ struct Decision {
     kRefuse = 2,  // the ranks disagree: the step fails with `reason`, its number is not used up
   };
   Kind kind = Kind::kApply;
-  double grad_norm = 0;   // of the mean gradient, unscaled; NaN where nobody asked
+  double grad_norm = 0;   // of the mean gradient (JobSpec::sum_gradients: the sum), unscaled; NaN
+                          // where nobody asked, infinite with kSkip
   double grad_scale = 1;  // what each summed gradient element is multiplied by
+  double next_loss_scale = 1;  // what the next step's loss is to be multiplied by
   HyperParameters hyper;
   std::vector<bool> touched;  // per parameter: some rank had a gradient
   std::string reason;

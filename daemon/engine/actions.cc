@@ -95,6 +95,7 @@ void JobRunnerImpl::Do(core::Complete& action) {
   if (action.step.has_value()) {
     page->grad_norm = action.step->grad_norm;
     page->skipped = action.step->skipped ? 1 : 0;
+    page->loss_scale = action.step->next_loss_scale;
   }
   shm::CompleteEntry entry{};
   entry.cookie = action.cookie;

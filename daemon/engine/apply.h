@@ -25,7 +25,7 @@ struct ApplyTask {
 };
 // INTERNAL where the decision does not fit the layout (a member of another build).
 absl::Status CheckApply(const ApplyTask& task);
-// AdamW on the touched parameters' elements in `range`, which this member keeps.
+// The optimizer on the touched parameters' elements in `range`, which this member keeps.
 void Apply(const ApplyTask& task, core::Range range);
 
 // A gradient that one client handed over, in its staging or set aside. Immutable, any thread.

@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "daemon/engine/movements.h"
-#include "kernels/cpu/kernels.h"
+#include "daemon/engine/narrow.h"
 
 namespace zerod::engine {
 namespace {
@@ -93,8 +93,7 @@ class Gather : public Movement {
     if (element_bytes_ == 4) return copy_.Store(range, c_.store->master(unit_, range.begin));
     if (c_.store->has_copies()) return copy_.Store(range, c_.store->copy(unit_, range.begin));
     copy_.ForEach(range, [&](std::byte* data, Range piece) {
-      kernels::CastToBf16(c_.store->master(unit_, piece.begin),
-                          reinterpret_cast<kernels::bfloat16*>(data), piece.size());
+      Narrow(c_.layout->dtype(), c_.store->master(unit_, piece.begin), data, piece.size());
     });
   }
 

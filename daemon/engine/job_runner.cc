@@ -13,10 +13,10 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
-#include "base/hash.h"
 #include "base/status.h"
 #include "daemon/engine/clock.h"
 #include "daemon/engine/job_runner_impl.h"
+#include "daemon/engine/job_spec.h"
 #include "kernels/cpu/kernels.h"
 
 namespace zerod::engine {
@@ -99,6 +99,7 @@ absl::Status JobRunnerImpl::Reserve() {
   move_.store = store_.get();
   move_.self = request_.self;
   move_.stage = request_.config.zero.stage;
+  move_.wire = WireType(request_.config, request_.layout->dtype());
   move_.piece_elements = PieceElements(*request_.layout, request_.members, kMoverSlots);
   const uint64_t staging_bytes = move_.StagingBytes() * kMoverSlots;
   if (staging_bytes > 0) {
@@ -111,24 +112,6 @@ absl::Status JobRunnerImpl::Reserve() {
   side_ = std::make_unique<SideBuffer>(arena_, request_.id,
                                        request_.layout->trainable_elements() * sizeof(float));
   return absl::OkStatus();
-}
-
-core::JobSpec JobRunnerImpl::MakeSpec() const {
-  const Config& config = request_.config;
-  core::JobSpec spec;
-  spec.id = request_.id;
-  spec.layout = request_.layout;
-  spec.config_hash = Hasher().Add(config.ToJson()).Finish();
-  spec.world = request_.world;
-  spec.members = request_.members;
-  spec.self = request_.self;
-  spec.local_world = request_.local_world;
-  spec.stage = config.zero.stage;
-  spec.node_sum = plan_.node_sum;
-  spec.untouched_as_zero = config.zerod.unused_parameters == "zero";
-  spec.prefetch_elements = config.zero.prefetch_bucket_size;
-  spec.window = plan_.window;
-  return spec;
 }
 
 absl::Status JobRunnerImpl::Init(metrics::Metrics* metrics) {
@@ -173,7 +156,7 @@ absl::Status JobRunnerImpl::Init(metrics::Metrics* metrics) {
     }
     return holders;
   });
-  job_ = std::make_unique<core::Job>(MakeSpec(), window_.get());
+  job_ = std::make_unique<core::Job>(MakeJobSpec(request_, plan_), window_.get());
   deserted_since_ = MonotonicNow();
   reported_window_bytes_ = window_->window_bytes();
   ReportMemory();
@@ -249,6 +232,8 @@ absl::StatusOr<Attachment> JobRunnerImpl::BeginAttach(const ClientInfo& info) {
   attachment.generation = job_->generation();
   attachment.committed_step = job_->committed();
   attachment.applied_steps = job_->applied();
+  attachment.loss_scale = job_->last_step().next_loss_scale;
+  attachment.committed_skipped = job_->committed() > 0 && job_->last_step().skipped;
   attachment.initialized = Initialized();
   return attachment;
 }

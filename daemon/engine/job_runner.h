@@ -57,6 +57,8 @@ struct Attachment {
   uint64_t generation = 0;
   core::Step committed_step = 0;
   uint64_t applied_steps = 0;
+  double loss_scale = 1;           // of the next step
+  bool committed_skipped = false;  // the committed step was skipped
   bool initialized = false;
   std::vector<int> fds;  // shm::kClientFiles files, then the doorbell
 };

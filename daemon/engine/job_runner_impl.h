@@ -81,7 +81,6 @@ class JobRunnerImpl : public JobRunner {
   // job_runner.cc
   absl::Status Plan();
   absl::Status Reserve();
-  core::JobSpec MakeSpec() const;
   void Call(const std::function<void()>& closure);  // on the loop, waits for it
   absl::StatusOr<Attachment> BeginAttach(const ClientInfo& info);
   absl::Status Watch(const ClientSlot& client);

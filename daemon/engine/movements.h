@@ -23,6 +23,7 @@ struct MoveContext {
   ShardStore* store = nullptr;
   core::MemberIndex self = 0;
   uint32_t stage = 0;
+  core::DType wire = core::DType::kFloat32;  // of gradients between members
   uint64_t piece_elements = 0;  // the same on all members: see PieceElements
 
   uint32_t members() const { return partition->members(); }

@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "daemon/engine/movements.h"
-#include "kernels/cpu/kernels.h"
+#include "daemon/engine/narrow.h"
 
 namespace zerod::engine {
 namespace {
@@ -94,14 +94,13 @@ class Put : public Movement {
       const float* from = values + (kept.begin - range.begin);
       memcpy(c_.store->master(unit_, kept.begin), from, kept.size() * sizeof(float));
       if (c_.store->has_copies()) {
-        kernels::CastToBf16(from, c_.store->copy(unit_, kept.begin), kept.size());
+        Narrow(c_.layout->dtype(), from, c_.store->copy(unit_, kept.begin), kept.size());
       }
     }
     if (!resident_) return;
     if (c_.layout->dtype() == core::DType::kFloat32) return copy_.Store(range, values);
     copy_.ForEach(range, [&](std::byte* data, Range piece) {
-      kernels::CastToBf16(values + (piece.begin - range.begin),
-                          reinterpret_cast<kernels::bfloat16*>(data), piece.size());
+      Narrow(c_.layout->dtype(), values + (piece.begin - range.begin), data, piece.size());
     });
   }
 

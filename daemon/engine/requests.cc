@@ -39,18 +39,27 @@ absl::StatusOr<core::HyperParameters> ReadHyperParameters(const shm::StepRecord&
   hyper.max_norm = record.max_norm;
   hyper.loss_scale = record.loss_scale;
   hyper.want_norm = record.want_norm != 0;
-  bool sane = std::isfinite(record.max_norm) && std::isfinite(record.loss_scale) &&
-              record.loss_scale > 0;
-  for (uint32_t i = 0; i < record.groups; ++i) {
-    const shm::GroupRecord& g = record.group[i];
-    hyper.groups.push_back({g.lr, g.beta1, g.beta2, g.eps, g.weight_decay});
-    sane = sane && std::isfinite(g.lr) && g.beta1 >= 0 && g.beta1 < 1 && g.beta2 >= 0 &&
-           g.beta2 < 1 && std::isfinite(g.eps) && g.eps >= 0 && std::isfinite(g.weight_decay);
-  }
-  if (!sane) {
+  if (!std::isfinite(record.max_norm) || !std::isfinite(record.loss_scale) ||
+      record.loss_scale <= 0) {
     return absl::InvalidArgumentError(
-        "STEP with hyper-parameters that AdamW cannot use: lr, eps, weight_decay, loss_scale and "
-        "the clipping norm must be finite, betas in [0, 1), loss_scale above 0");
+        "STEP with a clipping norm or a loss scale that is not finite, or a loss scale of 0 or "
+        "less");
+  }
+  for (uint32_t i = 0; i < record.groups; ++i) {
+    const shm::GroupRecord& r = record.group[i];
+    core::Group& g = hyper.groups.emplace_back();
+    g.lr = r.lr;
+    g.beta1 = r.beta1;
+    g.beta2 = r.beta2;
+    g.eps = r.eps;
+    g.weight_decay = r.weight_decay;
+    g.momentum = r.momentum;
+    g.dampening = r.dampening;
+    g.lr_decay = r.lr_decay;
+    g.initial_accumulator_value = r.initial_accumulator_value;
+    g.decoupled = (r.flags & shm::kDecoupled) != 0;
+    g.bias_correction = (r.flags & shm::kBiasCorrection) != 0;
+    g.nesterov = (r.flags & shm::kNesterov) != 0;
   }
   return hyper;
 }

@@ -33,7 +33,7 @@ absl::StatusOr<std::unique_ptr<ShardStore>> ShardStore::Create(const Options& op
   const core::Partition& partition = *options.partition;
   const bool several = partition.members() > 1;
   store->full_ = options.stage == 0 || !several;
-  const bool copies = layout.dtype() == core::DType::kBFloat16 && options.stage == 3 && several;
+  const bool copies = layout.dtype() != core::DType::kFloat32 && options.stage == 3 && several;
   const bool full_gradients = options.stage <= 1;
   for (UnitIndex u = 0; u < layout.units().size(); ++u) {
     const core::Unit& unit = layout.units()[u];
@@ -52,8 +52,10 @@ absl::StatusOr<std::unique_ptr<ShardStore>> ShardStore::Create(const Options& op
     RETURN_IF_ERROR(store->master_.Allocate(arena, "fp32 weights" + of_job, 4));
   }
   if (copies) RETURN_IF_ERROR(store->copies_.Allocate(arena, "16-bit copies" + of_job, 2));
-  RETURN_IF_ERROR(store->moments_[0].Allocate(arena, "exp_avg" + of_job, 4));
-  RETURN_IF_ERROR(store->moments_[1].Allocate(arena, "exp_avg_sq" + of_job, 4));
+  const char* const names[] = {"exp_avg", "exp_avg_sq"};
+  for (uint32_t i = 0; i < layout.state_tensors(); ++i) {
+    RETURN_IF_ERROR(store->moments_[i].Allocate(arena, names[i] + of_job, 4));
+  }
   if (several) RETURN_IF_ERROR(store->gradients_.Allocate(arena, "gradients" + of_job, 4));
   if (options.node_sum) {
     RETURN_IF_ERROR(store->accumulator_.Allocate(arena, "gradient accumulator" + of_job, 4));
@@ -61,9 +63,9 @@ absl::StatusOr<std::unique_ptr<ShardStore>> ShardStore::Create(const Options& op
   return store;
 }
 
-kernels::bfloat16* ShardStore::copy(UnitIndex u, uint64_t element) const {
+void* ShardStore::copy(UnitIndex u, uint64_t element) const {
   if (!copies_.region) return nullptr;
-  return reinterpret_cast<kernels::bfloat16*>(copies_.region.data()) + copies_.offsets[u] +
+  return reinterpret_cast<uint16_t*>(copies_.region.data()) + copies_.offsets[u] +
          (element - copies_.ranges[u].begin);
 }
 

@@ -7,8 +7,9 @@
 // Which elements of a unit are kept ("full": all; "shard": core::Partition's):
 //   master       fp32     full at stage 0 and with one member, else shard; not here at all where
 //                         the window is the master copy (JobPlan::master_in_window)
-//   copies       bf16     shard, stage 3 with several members
-//   moments      2 x fp32 full at stage 0 and with one member, else shard; trainable elements
+//   copies       16 bits  of the layout's type: shard, stage 3 with several members
+//   moments      fp32     Layout::state_tensors of them; full at stage 0 and with one member, else
+//                         shard; trainable elements
 //   gradients    fp32     full at stages 0 and 1, else shard; trainable; several members only
 //   accumulator  fp32     full, trainable; node_sum only
 #pragma once
@@ -20,7 +21,6 @@
 #include "absl/status/statusor.h"
 #include "daemon/core/layout.h"
 #include "daemon/core/plan.h"
-#include "kernels/cpu/kernels.h"
 #include "storage/arena/arena.h"
 
 namespace zerod::engine {
@@ -51,7 +51,7 @@ class ShardStore {
   // Null where the store has no such memory. REQUIRES: `element` in the range kept (its end is
   // allowed where nothing is read).
   float* master(core::UnitIndex u, uint64_t element) const { return master_.At(u, element); }
-  kernels::bfloat16* copy(core::UnitIndex u, uint64_t element) const;
+  void* copy(core::UnitIndex u, uint64_t element) const;
   float* moment(int which, core::UnitIndex u, uint64_t element) const {
     return moments_[which].At(u, element);
   }

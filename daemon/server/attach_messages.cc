@@ -85,12 +85,16 @@ absl::StatusOr<core::ModelDescription> ParseModel(const v1::Model& model, const 
   switch (model.dtype()) {
     case v1::DATA_TYPE_FLOAT32: description.dtype = core::DType::kFloat32; break;
     case v1::DATA_TYPE_BFLOAT16: description.dtype = core::DType::kBFloat16; break;
-    default: return Invalid("model.dtype must be float32 or bfloat16");
+    case v1::DATA_TYPE_FLOAT16: description.dtype = core::DType::kFloat16; break;
+    default: return Invalid("model.dtype must be float32, bfloat16 or float16");
   }
-  if ((description.dtype == core::DType::kBFloat16) != config.bf16) {
-    return Invalid(absl::StrCat("bf16.enabled is ", config.bf16 ? "true" : "false",
-                                " in the configuration, and the model's parameters are to be ",
-                                config.bf16 ? "float32" : "bfloat16"));
+  const core::DType configured = config.fp16.enabled ? core::DType::kFloat16
+                                 : config.bf16       ? core::DType::kBFloat16
+                                                     : core::DType::kFloat32;
+  if (description.dtype != configured) {
+    return Invalid(absl::StrCat("the configuration asks for ", core::DTypeName(configured),
+                                " (bf16.enabled, fp16.enabled), and the model's parameters are to "
+                                "be ", core::DTypeName(description.dtype)));
   }
   description.modules.reserve(model.modules_size());
   for (const v1::Module& m : model.modules()) {
@@ -105,6 +109,13 @@ absl::StatusOr<core::ModelDescription> ParseModel(const v1::Model& model, const 
     parameter.group = p.group();
     parameter.modules.assign(p.modules().begin(), p.modules().end());
     description.parameters.push_back(std::move(parameter));
+  }
+  for (const int kind : model.groups()) {
+    // Unknown values are kept as they came.
+    if (kind < v1::OPTIMIZER_KIND_ADAM || kind > v1::OPTIMIZER_KIND_SGD_MOMENTUM) {
+      return Invalid(absl::StrCat("model.groups has the unknown optimizer ", kind));
+    }
+    description.groups.push_back(static_cast<core::OptimizerKind>(kind));
   }
   return description;
 }
@@ -170,13 +181,14 @@ v1::AttachResponse MakeAttachResponse(const AttachArguments& arguments,
   response.set_transfer_bytes(plan.transfer_bytes);
   response.set_blob_offset(plan.transfer_values_bytes);
   response.set_stage(arguments.config.zero.stage);
-  response.set_dtype(layout.dtype() == core::DType::kFloat32 ? v1::DATA_TYPE_FLOAT32
-                                                             : v1::DATA_TYPE_BFLOAT16);
+  response.set_dtype(static_cast<v1::DataType>(layout.dtype()));
   response.set_guard_pages(arguments.config.zerod.guard_pages);
   response.set_resolved_config(arguments.config.ToJson());
   response.set_plan_text(plan.text);
   response.set_members(result.members);
   response.set_slot(result.attachment.slot);
+  response.set_loss_scale(result.attachment.loss_scale);
+  response.set_committed_skipped(result.attachment.committed_skipped);
   return response;
 }
 

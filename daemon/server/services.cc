@@ -42,7 +42,7 @@ void Fill(const JobInfo& info, v1::JobStatus* job) {
   job->set_node_rank(info.request.self);
   job->set_world(info.request.world);
   job->set_stage(info.request.config.zero.stage);
-  job->set_dtype(layout.dtype() == core::DType::kFloat32 ? "float32" : "bfloat16");
+  job->set_dtype(core::DTypeName(layout.dtype()));
   job->set_gradient_plan(info.plan.node_sum ? "node_sum" : "per_rank");
   job->set_parameters(layout.parameter_elements());
   for (const auto& [kind, bytes] : snapshot.memory) {

@@ -151,7 +151,7 @@ void Hash(A& a, Ref<A, Hash128> v) {
   a.Number(v.high);
 }
 
-constexpr size_t kGroupBytes = 5 * 8;
+constexpr size_t kGroupBytes = 9 * 8 + 3;
 
 template <typename A>
 void Hyper(A& a, Ref<A, core::HyperParameters> v) {
@@ -164,6 +164,13 @@ void Hyper(A& a, Ref<A, core::HyperParameters> v) {
     b.Number(g.beta2);
     b.Number(g.eps);
     b.Number(g.weight_decay);
+    b.Number(g.momentum);
+    b.Number(g.dampening);
+    b.Number(g.lr_decay);
+    b.Number(g.initial_accumulator_value);
+    b.Bool(g.decoupled);
+    b.Bool(g.bias_correction);
+    b.Bool(g.nesterov);
   });
 }
 
@@ -178,6 +185,7 @@ void DecisionFields(A& a, Ref<A, core::Decision> v) {
   a.Enum(v.kind, static_cast<uint32_t>(core::Decision::Kind::kRefuse));
   a.Number(v.grad_norm);
   a.Number(v.grad_scale);
+  a.Number(v.next_loss_scale);
   Hyper(a, v.hyper);
   a.Bits(v.touched);
   a.String(v.reason);

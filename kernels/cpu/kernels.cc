@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "base/check.h"
 #include "kernels/cpu/reference.h"
@@ -21,16 +22,22 @@ namespace HWY_NAMESPACE {
 
 #if HWY_TARGET == HWY_SCALAR
 
-void CastToBf16Impl(const float* in, bfloat16* out, size_t n) {
-  reference::CastToBf16(in, out, n);
+template <class T>
+void CastTo(const float* in, T* out, size_t n) {
+  reference::CastTo(in, out, n);
 }
-void CastFromBf16Impl(const bfloat16* in, float* out, size_t n) {
-  reference::CastFromBf16(in, out, n);
+template <class T>
+void CastFrom(const T* in, float* out, size_t n) {
+  reference::CastFrom(in, out, n);
 }
-void SumImpl(const float* const* in, size_t count, float* out, size_t n) {
+template <class T>
+void SumOf(const T* const* in, size_t count, float* out, size_t n) {
   reference::Sum(in, count, out, n);
 }
-void AccumulateImpl(const float* in, float* out, size_t n) { reference::Accumulate(in, out, n); }
+template <class T>
+void AccumulateOf(const T* in, float* out, size_t n) {
+  reference::Accumulate(in, out, n);
+}
 double SquaredNormImpl(const float* const* in, size_t count, size_t n, bool* nonfinite) {
   return reference::SquaredNorm(in, count, n, nonfinite);
 }
@@ -45,27 +52,36 @@ void JoinMasterImpl(const bfloat16* copy, const uint16_t* remainder, float* p, s
 
 // --- Casts -----------------------------------------------------------------------------------
 
-void CastToBf16Impl(const float* in, bfloat16* out, size_t n) {
+template <class T>
+void CastTo(const float* in, T* out, size_t n) {
   const DF d;
   const size_t lanes = hn::Lanes(d);
   size_t i = 0;
-  for (; i + lanes <= n; i += lanes) hn::StoreU(ToBf16(hn::LoadU(d, in + i)), DH(), out + i);
-  reference::CastToBf16(in + i, out + i, n - i);
+  for (; i + lanes <= n; i += lanes) {
+    hn::StoreU(NarrowTo<T>(hn::LoadU(d, in + i)), DH(), Words(out + i));
+  }
+  reference::CastTo(in + i, out + i, n - i);
 }
 
-void CastFromBf16Impl(const bfloat16* in, float* out, size_t n) {
+template <class T>
+void CastFrom(const T* in, float* out, size_t n) {
   const DF d;
   const size_t lanes = hn::Lanes(d);
   size_t i = 0;
-  for (; i + lanes <= n; i += lanes) hn::StoreU(FromBf16(hn::LoadU(DH(), in + i)), d, out + i);
-  reference::CastFromBf16(in + i, out + i, n - i);
+  for (; i + lanes <= n; i += lanes) hn::StoreU(LoadWide(in + i), d, out + i);
+  reference::CastFrom(in + i, out + i, n - i);
 }
 
 // --- Sums ------------------------------------------------------------------------------------
 
-void SumImpl(const float* const* in, size_t count, float* out, size_t n) {
+template <class T>
+void SumOf(const T* const* in, size_t count, float* out, size_t n) {
   if (count == 1) {
-    if (out != in[0] && n > 0) std::memcpy(out, in[0], n * sizeof(float));
+    if constexpr (std::is_same_v<T, float>) {
+      if (out != in[0] && n > 0) std::memcpy(out, in[0], n * sizeof(float));
+    } else {
+      CastFrom(in[0], out, n);
+    }
     return;
   }
   for (size_t begin = 0; begin < n; begin += kBlock) {
@@ -73,7 +89,10 @@ void SumImpl(const float* const* in, size_t count, float* out, size_t n) {
   }
 }
 
-void AccumulateImpl(const float* in, float* out, size_t n) { Add(out, in, out, n); }
+template <class T>
+void AccumulateOf(const T* in, float* out, size_t n) {
+  Add(out, in, out, n);
+}
 
 // --- Norm ------------------------------------------------------------------------------------
 
@@ -167,6 +186,23 @@ void JoinMasterImpl(const bfloat16* copy, const uint16_t* remainder, float* p, s
 
 #endif  // HWY_TARGET == HWY_SCALAR
 
+void CastToBf16Impl(const float* in, bfloat16* out, size_t n) { CastTo(in, out, n); }
+void CastFromBf16Impl(const bfloat16* in, float* out, size_t n) { CastFrom(in, out, n); }
+void CastToFp16Impl(const float* in, float16* out, size_t n) { CastTo(in, out, n); }
+void CastFromFp16Impl(const float16* in, float* out, size_t n) { CastFrom(in, out, n); }
+void SumFp32Impl(const float* const* in, size_t count, float* out, size_t n) {
+  SumOf(in, count, out, n);
+}
+void SumBf16Impl(const bfloat16* const* in, size_t count, float* out, size_t n) {
+  SumOf(in, count, out, n);
+}
+void SumFp16Impl(const float16* const* in, size_t count, float* out, size_t n) {
+  SumOf(in, count, out, n);
+}
+void AccumulateFp32Impl(const float* in, float* out, size_t n) { AccumulateOf(in, out, n); }
+void AccumulateBf16Impl(const bfloat16* in, float* out, size_t n) { AccumulateOf(in, out, n); }
+void AccumulateFp16Impl(const float16* in, float* out, size_t n) { AccumulateOf(in, out, n); }
+
 const char* NameImpl() { return hwy::TargetName(HWY_TARGET); }
 
 }  // namespace HWY_NAMESPACE
@@ -179,8 +215,14 @@ namespace zerod::kernels {
 HWY_EXPORT(NameImpl);
 HWY_EXPORT(CastToBf16Impl);
 HWY_EXPORT(CastFromBf16Impl);
-HWY_EXPORT(SumImpl);
-HWY_EXPORT(AccumulateImpl);
+HWY_EXPORT(CastToFp16Impl);
+HWY_EXPORT(CastFromFp16Impl);
+HWY_EXPORT(SumFp32Impl);
+HWY_EXPORT(SumBf16Impl);
+HWY_EXPORT(SumFp16Impl);
+HWY_EXPORT(AccumulateFp32Impl);
+HWY_EXPORT(AccumulateBf16Impl);
+HWY_EXPORT(AccumulateFp16Impl);
 HWY_EXPORT(SquaredNormImpl);
 HWY_EXPORT(SplitMasterImpl);
 HWY_EXPORT(JoinMasterImpl);
@@ -210,13 +252,39 @@ void CastFromBf16(const bfloat16* in, float* out, size_t n) {
   HWY_DYNAMIC_DISPATCH(CastFromBf16Impl)(in, out, n);
 }
 
+void CastToFp16(const float* in, float16* out, size_t n) {
+  HWY_DYNAMIC_DISPATCH(CastToFp16Impl)(in, out, n);
+}
+
+void CastFromFp16(const float16* in, float* out, size_t n) {
+  HWY_DYNAMIC_DISPATCH(CastFromFp16Impl)(in, out, n);
+}
+
 void Sum(const float* const* in, size_t count, float* out, size_t n) {
   DCHECK(count >= 1 && count <= kSourcesMax) << count;
-  HWY_DYNAMIC_DISPATCH(SumImpl)(in, count, out, n);
+  HWY_DYNAMIC_DISPATCH(SumFp32Impl)(in, count, out, n);
+}
+
+void Sum(const bfloat16* const* in, size_t count, float* out, size_t n) {
+  DCHECK(count >= 1 && count <= kSourcesMax) << count;
+  HWY_DYNAMIC_DISPATCH(SumBf16Impl)(in, count, out, n);
+}
+
+void Sum(const float16* const* in, size_t count, float* out, size_t n) {
+  DCHECK(count >= 1 && count <= kSourcesMax) << count;
+  HWY_DYNAMIC_DISPATCH(SumFp16Impl)(in, count, out, n);
 }
 
 void Accumulate(const float* in, float* out, size_t n) {
-  HWY_DYNAMIC_DISPATCH(AccumulateImpl)(in, out, n);
+  HWY_DYNAMIC_DISPATCH(AccumulateFp32Impl)(in, out, n);
+}
+
+void Accumulate(const bfloat16* in, float* out, size_t n) {
+  HWY_DYNAMIC_DISPATCH(AccumulateBf16Impl)(in, out, n);
+}
+
+void Accumulate(const float16* in, float* out, size_t n) {
+  HWY_DYNAMIC_DISPATCH(AccumulateFp16Impl)(in, out, n);
 }
 
 double SquaredNorm(const float* const* in, size_t count, size_t n, bool* nonfinite) {

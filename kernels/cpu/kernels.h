@@ -20,6 +20,12 @@ namespace zerod::kernels {
 
 using bfloat16 = uint16_t;  // the upper 16 bits of an IEEE binary32
 
+struct float16 {  // an IEEE binary16; a type of its own, so that neither is taken for the other
+  uint16_t bits;
+  friend bool operator==(float16 a, float16 b) = default;
+};
+static_assert(sizeof(float16) == 2 && alignof(float16) == 2);
+
 inline constexpr size_t kSourcesMax = 64;  // gradients that one call can sum
 
 // The target that the dispatch chose: "AVX2", "AVX3", ... For logs and tests.
@@ -29,15 +35,24 @@ const char* TargetName();
 bool ForceTarget(const char* name);
 
 // --- Casts -----------------------------------------------------------------------------------
-// Round to nearest even; a NaN stays a NaN (quiet, sign kept).
+// Round to nearest even; a NaN stays a NaN (quiet, sign kept). What rounds to more than 65504, the
+// largest float16, is an infinity there: a gradient that overflowed is still found afterwards.
+// Subnormals are kept. To fp32 the casts are exact; CastFromFp16 makes a signalling NaN quiet.
 void CastToBf16(const float* in, bfloat16* out, size_t n);
 void CastFromBf16(const bfloat16* in, float* out, size_t n);
+void CastToFp16(const float* in, float16* out, size_t n);
+void CastFromFp16(const float16* in, float* out, size_t n);
 
 // --- Sums of gradients -----------------------------------------------------------------------
 // out[i] = ((in[0][i] + in[1][i]) + in[2][i]) + ...; count 1..kSourcesMax. `out` may be in[0].
+// 16-bit sources are widened first: all sums are fp32's.
 void Sum(const float* const* in, size_t count, float* out, size_t n);
+void Sum(const bfloat16* const* in, size_t count, float* out, size_t n);
+void Sum(const float16* const* in, size_t count, float* out, size_t n);
 // out[i] += in[i].
 void Accumulate(const float* in, float* out, size_t n);
+void Accumulate(const bfloat16* in, float* out, size_t n);
+void Accumulate(const float16* in, float* out, size_t n);
 
 // --- Norm ------------------------------------------------------------------------------------
 // The sum of squares, in fp64, of g[i] = (in[0][i] + in[1][i] + ...) as Sum gives it, over

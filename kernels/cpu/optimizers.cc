@@ -13,7 +13,7 @@
 #include "hwy/foreach_target.h"
 //
 #include "hwy/highway.h"
-#include "kernels/cpu/vector_inl.h"
+#include "kernels/cpu/pass_inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace zerod::kernels {
@@ -22,7 +22,7 @@ namespace HWY_NAMESPACE {
 #if HWY_TARGET == HWY_SCALAR
 
 void AdamWImpl(const AdamWScalars& s, const float* const* grads, size_t count, float* p, float* m,
-               float* v, bfloat16* copy, size_t n) {
+               float* v, Copy copy, size_t n) {
   reference::AdamW(s, grads, count, p, m, v, copy, n);
 }
 void AdamWSplitImpl(const AdamWScalars& s, const float* const* grads, size_t count,
@@ -30,77 +30,21 @@ void AdamWSplitImpl(const AdamWScalars& s, const float* const* grads, size_t cou
   reference::AdamWSplit(s, grads, count, copy, remainder, m, v, n);
 }
 void LionImpl(const LionScalars& s, const float* const* grads, size_t count, float* p, float* m,
-              bfloat16* copy, size_t n) {
+              Copy copy, size_t n) {
   reference::Lion(s, grads, count, p, m, copy, n);
 }
 void AdagradImpl(const AdagradScalars& s, const float* const* grads, size_t count, float* p,
-                 float* sum, bfloat16* copy, size_t n) {
+                 float* sum, Copy copy, size_t n) {
   reference::Adagrad(s, grads, count, p, sum, copy, n);
 }
 void SgdImpl(const SgdScalars& s, const float* const* grads, size_t count, float* p, float* b,
-             bfloat16* copy, size_t n) {
+             Copy copy, size_t n) {
   reference::Sgd(s, grads, count, p, b, copy, n);
 }
 
 #else
 
-// Where the master weights are. Load one vector, store two: a pair of vectors fills a whole cache
-// line of 16-bit values.
-struct MasterAlone {
-  float* p;
-  HWY_INLINE void Prefetch(size_t i) const { PrefetchAhead(p + i); }
-  HWY_INLINE VF Load(size_t i) const { return hn::LoadU(DF(), p + i); }
-  HWY_INLINE void Store(size_t i, VF low, VF high) const {
-    hn::StoreU(low, DF(), p + i);
-    hn::StoreU(high, DF(), p + i + hn::Lanes(DF()));
-  }
-};
-
-struct MasterWithCopy {
-  float* p;
-  bfloat16* copy;  // aligned to a pair of vectors
-  HWY_INLINE void Prefetch(size_t i) const { PrefetchAhead(p + i); }
-  HWY_INLINE VF Load(size_t i) const { return hn::LoadU(DF(), p + i); }
-  HWY_INLINE void Store(size_t i, VF low, VF high) const {
-    hn::StoreU(low, DF(), p + i);
-    hn::StoreU(high, DF(), p + i + hn::Lanes(DF()));
-    // Nobody here reads the copy: going past the caches saves fetching the lines to overwrite.
-    hn::Stream(hn::Combine(DH2(), ToBf16(high), ToBf16(low)), DH2(), copy + i);
-  }
-};
-
-struct MasterSplit {
-  bfloat16* copy;
-  uint16_t* remainder;
-  HWY_INLINE void Prefetch(size_t i) const {
-    PrefetchAhead(copy + i);
-    PrefetchAhead(remainder + i);
-  }
-  HWY_INLINE VF Load(size_t i) const {
-    return Join(hn::LoadU(DH(), copy + i), hn::LoadU(DH(), remainder + i));
-  }
-  HWY_INLINE void Store(size_t i, VF low, VF high) const {
-    const VU a = hn::BitCast(DU(), low);
-    const VU b = hn::BitCast(DU(), high);
-    hn::StoreU(hn::Combine(DH2(), SplitCopy(b), SplitCopy(a)), DH2(), copy + i);
-    hn::StoreU(hn::Combine(DH2(), NarrowU32(b), NarrowU32(a)), DH2(), remainder + i);
-  }
-};
-
 // --- Rules: what becomes of one vector. reference.cc has the same lines for one element. --------
-
-HWY_INLINE VF Splat(float x) { return hn::Set(DF(), x); }
-
-// The scaled gradient, with L2 regularization where kL2.
-template <bool kL2>
-struct Gradient {
-  HWY_INLINE VF operator()(VF sum, VF p) const {
-    const VF g = hn::Mul(sum, grad_scale);
-    if constexpr (!kL2) return g;
-    return hn::MulAdd(l2, p, g);
-  }
-  VF grad_scale, l2;
-};
 
 template <bool kL2>
 struct AdamWRule {
@@ -203,107 +147,12 @@ struct SgdRule {
   VF negative_lr, momentum, weight;
 };
 
-// --- The pass --------------------------------------------------------------------------------
-
-template <bool kThere>
-HWY_INLINE float* StateAt(float* state, size_t i) {
-  if constexpr (!kThere) return nullptr;
-  return state + i;
-}
-
-// g (+ h, where kSources is 2) are the gradients of elements [begin, end), a multiple of two
-// vectors; the others are indexed from 0. `a` and `b`: the rule's states.
-template <size_t kSources, class Rule, class Master>
-HWY_INLINE void Run(const Rule& rule, const float* g, const float* h, const Master& master,
-                    float* a, float* b, size_t begin, size_t end) {
-  const DF d;
-  const size_t lanes = hn::Lanes(d);
-  const auto sum_at = [&](size_t i) HWY_ATTR {
-    const VF first = hn::LoadU(d, g + (i - begin));
-    if constexpr (kSources == 1) return first;
-    return hn::Add(first, hn::LoadU(d, h + (i - begin)));
-  };
-  const auto update = [&](size_t i) HWY_ATTR {
-    return rule.Update(sum_at(i), master.Load(i), StateAt<(Rule::kStates > 0)>(a, i),
-                       StateAt<(Rule::kStates > 1)>(b, i));
-  };
-  for (size_t i = begin; i < end; i += 2 * lanes) {
-    for (size_t j = i; j < i + 2 * lanes; j += 64 / sizeof(float)) {
-      PrefetchAhead(g + (j - begin));
-      if constexpr (kSources == 2) PrefetchAhead(h + (j - begin));
-      if constexpr (Rule::kStates > 0) PrefetchAhead(a + j);
-      if constexpr (Rule::kStates > 1) PrefetchAhead(b + j);
-      master.Prefetch(j);
-    }
-    const VF low = update(i);
-    const VF high = update(i + lanes);
-    master.Store(i, low, high);
-  }
-}
-
-template <class Rule, class Master>
-void Body(const Rule& rule, const float* const* grads, size_t count, const Master& master,
-          float* a, float* b, size_t begin, size_t end) {
-  if (count == 1) {
-    Run<1>(rule, grads[0] + begin, nullptr, master, a, b, begin, end);
-  } else if (count == 2) {
-    Run<2>(rule, grads[0] + begin, grads[1] + begin, master, a, b, begin, end);
-  } else {
-    alignas(64) float buffer[kBlock];
-    for (size_t at = begin; at < end; at += kBlock) {
-      const size_t size = std::min(kBlock, end - at);
-      SumBlock(grads, count, at, buffer, size);
-      Run<1>(rule, buffer, nullptr, master, a, b, at, at + size);
-    }
-  }
-}
-
-// The elements before the first whole pair of vectors that is aligned in `copy` (all n where it
-// has none), and the first after the last.
-struct Edges {
-  size_t begin;
-  size_t end;
-};
-inline Edges FindEdges(const bfloat16* copy, size_t n) {
-  const size_t pair = 2 * hn::Lanes(DF());
-  const size_t over = reinterpret_cast<uintptr_t>(copy) / sizeof(bfloat16) % pair;
-  const size_t begin = std::min(n, over == 0 ? 0 : pair - over);
-  return {begin, n - (n - begin) % pair};
-}
-
-// Calls `edge(begin, size)` for the elements outside.
-template <class Edge>
-void AtEdges(const Edges& edges, size_t n, const float* const* grads, size_t count,
-             const Edge& edge) {
-  const float* shifted[kSourcesMax];
-  const auto call = [&](size_t begin, size_t size) {
-    if (size == 0) return;
-    for (size_t k = 0; k < count; ++k) shifted[k] = grads[k] + begin;
-    edge(shifted, begin, size);
-  };
-  call(0, edges.begin);
-  call(edges.end, n - edges.end);
-}
-
-// The whole of [0, n): `edge(gradients, begin, size)` is the plain reference.
-template <class Rule, class Edge>
-void Pass(const Rule& rule, const float* const* grads, size_t count, float* p, float* a, float* b,
-          bfloat16* copy, size_t n, const Edge& edge) {
-  const Edges edges = FindEdges(copy, n);
-  AtEdges(edges, n, grads, count, edge);
-  if (copy == nullptr) {
-    Body(rule, grads, count, MasterAlone{p}, a, b, edges.begin, edges.end);
-  } else {
-    Body(rule, grads, count, MasterWithCopy{p, copy}, a, b, edges.begin, edges.end);
-    hwy::FlushStream();
-  }
-}
+// --- The functions ---------------------------------------------------------------------------
 
 void AdamWImpl(const AdamWScalars& s, const float* const* grads, size_t count, float* p, float* m,
-               float* v, bfloat16* copy, size_t n) {
+               float* v, Copy copy, size_t n) {
   const auto edge = [&](const float* const* shifted, size_t at, size_t size) {
-    reference::AdamW(s, shifted, count, p + at, m + at, v + at,
-                     copy == nullptr ? nullptr : copy + at, size);
+    reference::AdamW(s, shifted, count, p + at, m + at, v + at, copy.At(at), size);
   };
   if (s.l2 == 0) {
     Pass(AdamWRule<false>(s), grads, count, p, m, v, copy, n, edge);
@@ -332,19 +181,17 @@ void AdamWSplitImpl(const AdamWScalars& s, const float* const* grads, size_t cou
 }
 
 void LionImpl(const LionScalars& s, const float* const* grads, size_t count, float* p, float* m,
-              bfloat16* copy, size_t n) {
+              Copy copy, size_t n) {
   Pass(LionRule(s), grads, count, p, m, nullptr, copy, n,
        [&](const float* const* shifted, size_t at, size_t size) {
-         reference::Lion(s, shifted, count, p + at, m + at, copy == nullptr ? nullptr : copy + at,
-                         size);
+         reference::Lion(s, shifted, count, p + at, m + at, copy.At(at), size);
        });
 }
 
 void AdagradImpl(const AdagradScalars& s, const float* const* grads, size_t count, float* p,
-                 float* sum, bfloat16* copy, size_t n) {
+                 float* sum, Copy copy, size_t n) {
   const auto edge = [&](const float* const* shifted, size_t at, size_t size) {
-    reference::Adagrad(s, shifted, count, p + at, sum + at,
-                       copy == nullptr ? nullptr : copy + at, size);
+    reference::Adagrad(s, shifted, count, p + at, sum + at, copy.At(at), size);
   };
   if (s.l2 == 0) {
     Pass(AdagradRule<false>(s), grads, count, p, sum, nullptr, copy, n, edge);
@@ -355,10 +202,9 @@ void AdagradImpl(const AdagradScalars& s, const float* const* grads, size_t coun
 
 template <bool kL2>
 void SgdWith(const SgdScalars& s, const float* const* grads, size_t count, float* p, float* b,
-             bfloat16* copy, size_t n) {
+             Copy copy, size_t n) {
   const auto edge = [&](const float* const* shifted, size_t at, size_t size) {
-    reference::Sgd(s, shifted, count, p + at, b == nullptr ? nullptr : b + at,
-                   copy == nullptr ? nullptr : copy + at, size);
+    reference::Sgd(s, shifted, count, p + at, b == nullptr ? nullptr : b + at, copy.At(at), size);
   };
   if (b == nullptr) {
     Pass(SgdRule<kL2, false, false>(s), grads, count, p, b, nullptr, copy, n, edge);
@@ -370,7 +216,7 @@ void SgdWith(const SgdScalars& s, const float* const* grads, size_t count, float
 }
 
 void SgdImpl(const SgdScalars& s, const float* const* grads, size_t count, float* p, float* b,
-             bfloat16* copy, size_t n) {
+             Copy copy, size_t n) {
   if (s.l2 == 0) {
     SgdWith<false>(s, grads, count, p, b, copy, n);
   } else {
@@ -448,7 +294,7 @@ SgdScalars MakeSgdScalars(double lr, double momentum, double dampening, double w
 }
 
 void AdamW(const AdamWScalars& s, const float* const* grads, size_t count, float* p, float* m,
-           float* v, bfloat16* copy, size_t n) {
+           float* v, Copy copy, size_t n) {
   DCHECK(count >= 1 && count <= kSourcesMax) << count;
   HWY_DYNAMIC_DISPATCH(AdamWImpl)(s, grads, count, p, m, v, copy, n);
 }
@@ -460,19 +306,19 @@ void AdamWSplit(const AdamWScalars& s, const float* const* grads, size_t count, 
 }
 
 void Lion(const LionScalars& s, const float* const* grads, size_t count, float* p, float* m,
-          bfloat16* copy, size_t n) {
+          Copy copy, size_t n) {
   DCHECK(count >= 1 && count <= kSourcesMax) << count;
   HWY_DYNAMIC_DISPATCH(LionImpl)(s, grads, count, p, m, copy, n);
 }
 
 void Adagrad(const AdagradScalars& s, const float* const* grads, size_t count, float* p,
-             float* sum, bfloat16* copy, size_t n) {
+             float* sum, Copy copy, size_t n) {
   DCHECK(count >= 1 && count <= kSourcesMax) << count;
   HWY_DYNAMIC_DISPATCH(AdagradImpl)(s, grads, count, p, sum, copy, n);
 }
 
 void Sgd(const SgdScalars& s, const float* const* grads, size_t count, float* p, float* b,
-         bfloat16* copy, size_t n) {
+         Copy copy, size_t n) {
   DCHECK(count >= 1 && count <= kSourcesMax) << count;
   HWY_DYNAMIC_DISPATCH(SgdImpl)(s, grads, count, p, b, copy, n);
 }

@@ -2,9 +2,9 @@
 //
 // Optimizers on shards, one pass each: a function sums the `count` (1..kSourcesMax) gradients of
 // its elements, updates the fp32 master p and its state in place, and where `copy` is not null
-// writes the 16-bit copy of p (round to nearest even). The copy is written past the caches, and
-// visible to others as any store is when the function has returned. Bits, alignment and threads as
-// in kernels.h; state begins as zeros unless said otherwise.
+// writes the 16-bit copy of p, bfloat16 or float16, as CastToBf16 and CastToFp16 round. The copy is
+// written past the caches, and visible to others as any store is when the function has returned.
+// Bits, alignment and threads as in kernels.h; state begins as zeros unless said otherwise.
 //
 // Notation: fma(a, b, c) is a * b + c rounded once, all else is rounded each time, in fp32, from
 // scalars that are derived in fp64. Everywhere, in this order,
@@ -19,6 +19,23 @@
 #include "kernels/cpu/kernels.h"
 
 namespace zerod::kernels {
+
+// Where the 16-bit copy goes. Callers pass a pointer to either type, or nullptr, which converts.
+struct Copy {
+  Copy(std::nullptr_t) {}
+  Copy(bfloat16* data) : bf16(data) {}
+  Copy(float16* data) : fp16(data) {}
+
+  void* data() const { return bf16 != nullptr ? static_cast<void*>(bf16) : fp16; }
+  // The copy of the elements from i on.
+  Copy At(size_t i) const {
+    if (fp16 != nullptr) return fp16 + i;
+    return bf16 == nullptr ? nullptr : bf16 + i;
+  }
+
+  bfloat16* bf16 = nullptr;  // one of the two at most
+  float16* fp16 = nullptr;
+};
 
 // --- Adam and AdamW --------------------------------------------------------------------------
 // torch.optim.AdamW and torch.optim.Adam (amsgrad=False, maximize=False), single-tensor form
@@ -48,7 +65,7 @@ AdamWScalars MakeAdamWScalars(double lr, double beta1, double beta2, double eps,
                               double weight_decay, uint64_t t, double grad_scale,
                               bool decoupled = true, bool bias_correction = true);
 void AdamW(const AdamWScalars& s, const float* const* grads, size_t count, float* p, float* m,
-           float* v, bfloat16* copy, size_t n);
+           float* v, Copy copy, size_t n);
 // The same with the master as two halves (kernels.h).
 void AdamWSplit(const AdamWScalars& s, const float* const* grads, size_t count, bfloat16* copy,
                 uint16_t* remainder, float* m, float* v, size_t n);
@@ -70,7 +87,7 @@ struct LionScalars {
 LionScalars MakeLionScalars(double lr, double beta1, double beta2, double weight_decay,
                             double grad_scale);
 void Lion(const LionScalars& s, const float* const* grads, size_t count, float* p, float* m,
-          bfloat16* copy, size_t n);
+          Copy copy, size_t n);
 
 // --- Adagrad ---------------------------------------------------------------------------------
 // torch.optim.Adagrad (torch/optim/adagrad.py, _single_tensor_adagrad):
@@ -85,7 +102,7 @@ struct AdagradScalars {
 AdagradScalars MakeAdagradScalars(double lr, double lr_decay, double eps, double weight_decay,
                                   uint64_t t, double grad_scale);
 void Adagrad(const AdagradScalars& s, const float* const* grads, size_t count, float* p,
-             float* sum, bfloat16* copy, size_t n);
+             float* sum, Copy copy, size_t n);
 
 // --- SGD -------------------------------------------------------------------------------------
 // torch.optim.SGD (torch/optim/sgd.py, _single_tensor_sgd):
@@ -104,6 +121,6 @@ struct SgdScalars {
 SgdScalars MakeSgdScalars(double lr, double momentum, double dampening, double weight_decay,
                           bool nesterov, uint64_t t, double grad_scale);
 void Sgd(const SgdScalars& s, const float* const* grads, size_t count, float* p, float* b,
-         bfloat16* copy, size_t n);
+         Copy copy, size_t n);
 
 }  // namespace zerod::kernels

@@ -15,18 +15,9 @@ constexpr uint32_t kInfinity = 0x7f800000;
 uint32_t Bits(float x) { return std::bit_cast<uint32_t>(x); }
 float FromBits(uint32_t bits) { return std::bit_cast<float>(bits); }
 
-bfloat16 ToBf16(float x) {
-  const uint32_t bits = Bits(x);
-  if ((bits & kMagnitudeMask) > kInfinity) return static_cast<bfloat16>((bits >> 16) | 0x40);
-  return static_cast<bfloat16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-float FromBf16(bfloat16 x) { return FromBits(static_cast<uint32_t>(x) << 16); }
-
-float SumAt(const float* const* in, size_t count, size_t i) {
-  float sum = in[0][i];
-  for (size_t k = 1; k < count; ++k) sum += in[k][i];
-  return sum;
+void Store(const Copy& copy, size_t i, float p) {
+  if (copy.bf16 != nullptr) Narrow(p, &copy.bf16[i]);
+  if (copy.fp16 != nullptr) Narrow(p, &copy.fp16[i]);
 }
 
 // kernels.h says why NaNs are treated apart.
@@ -65,22 +56,6 @@ float UpdateAt(const AdamWScalars& s, float sum, float p, float* m, float* v) {
 
 }  // namespace
 
-void CastToBf16(const float* in, bfloat16* out, size_t n) {
-  for (size_t i = 0; i < n; ++i) out[i] = ToBf16(in[i]);
-}
-
-void CastFromBf16(const bfloat16* in, float* out, size_t n) {
-  for (size_t i = 0; i < n; ++i) out[i] = FromBf16(in[i]);
-}
-
-void Sum(const float* const* in, size_t count, float* out, size_t n) {
-  for (size_t i = 0; i < n; ++i) out[i] = SumAt(in, count, i);
-}
-
-void Accumulate(const float* in, float* out, size_t n) {
-  for (size_t i = 0; i < n; ++i) out[i] += in[i];
-}
-
 double SquaredNorm(const float* const* in, size_t count, size_t n, bool* nonfinite) {
   double lanes[kLanes] = {};
   for (size_t i = 0; i < n; ++i) {
@@ -96,10 +71,10 @@ double SquaredNorm(const float* const* in, size_t count, size_t n, bool* nonfini
 }
 
 void AdamW(const AdamWScalars& s, const float* const* grads, size_t count, float* p, float* m,
-           float* v, bfloat16* copy, size_t n) {
+           float* v, Copy copy, size_t n) {
   for (size_t i = 0; i < n; ++i) {
     p[i] = UpdateAt(s, SumAt(grads, count, i), p[i], &m[i], &v[i]);
-    if (copy != nullptr) copy[i] = ToBf16(p[i]);
+    Store(copy, i, p[i]);
   }
 }
 
@@ -120,28 +95,28 @@ void AdamWSplit(const AdamWScalars& s, const float* const* grads, size_t count, 
 }
 
 void Lion(const LionScalars& s, const float* const* grads, size_t count, float* p, float* m,
-          bfloat16* copy, size_t n) {
+          Copy copy, size_t n) {
   for (size_t i = 0; i < n; ++i) {
     const float g = Gradient(SumAt(grads, count, i), s.grad_scale, 0, p[i]);
     const float u = std::fma(s.one_minus_beta1, g, s.beta1 * m[i]);
     m[i] = std::fma(s.one_minus_beta2, g, s.beta2 * m[i]);
     p[i] = p[i] * s.decay - (std::fabs(u) > 0 ? std::copysign(s.lr, u) : u);
-    if (copy != nullptr) copy[i] = ToBf16(p[i]);
+    Store(copy, i, p[i]);
   }
 }
 
 void Adagrad(const AdagradScalars& s, const float* const* grads, size_t count, float* p,
-             float* sum, bfloat16* copy, size_t n) {
+             float* sum, Copy copy, size_t n) {
   for (size_t i = 0; i < n; ++i) {
     const float g = Gradient(SumAt(grads, count, i), s.grad_scale, s.l2, p[i]);
     sum[i] = std::fma(g, g, sum[i]);
     p[i] = p[i] - (s.clr * g) / (std::sqrt(sum[i]) + s.eps);
-    if (copy != nullptr) copy[i] = ToBf16(p[i]);
+    Store(copy, i, p[i]);
   }
 }
 
 void Sgd(const SgdScalars& s, const float* const* grads, size_t count, float* p, float* b,
-         bfloat16* copy, size_t n) {
+         Copy copy, size_t n) {
   for (size_t i = 0; i < n; ++i) {
     float g = Gradient(SumAt(grads, count, i), s.grad_scale, s.l2, p[i]);
     if (b != nullptr) {
@@ -149,7 +124,7 @@ void Sgd(const SgdScalars& s, const float* const* grads, size_t count, float* p,
       g = s.nesterov ? std::fma(s.momentum, b[i], g) : b[i];
     }
     p[i] = std::fma(s.negative_lr, g, p[i]);
-    if (copy != nullptr) copy[i] = ToBf16(p[i]);
+    Store(copy, i, p[i]);
   }
 }
 

@@ -7,29 +7,52 @@
 
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/optimizers.h"
+#include "kernels/cpu/scalar_casts.h"
 
 namespace zerod::kernels::reference {
 
-void CastToBf16(const float* in, bfloat16* out, size_t n);
-void CastFromBf16(const bfloat16* in, float* out, size_t n);
+template <class T>
+void CastTo(const float* in, T* out, size_t n) {
+  for (size_t i = 0; i < n; ++i) Narrow(in[i], &out[i]);
+}
+template <class T>
+void CastFrom(const T* in, float* out, size_t n) {
+  for (size_t i = 0; i < n; ++i) out[i] = Widen(in[i]);
+}
+inline void CastToBf16(const float* in, bfloat16* out, size_t n) { CastTo(in, out, n); }
+inline void CastFromBf16(const bfloat16* in, float* out, size_t n) { CastFrom(in, out, n); }
+inline void CastToFp16(const float* in, float16* out, size_t n) { CastTo(in, out, n); }
+inline void CastFromFp16(const float16* in, float* out, size_t n) { CastFrom(in, out, n); }
 
-void Sum(const float* const* in, size_t count, float* out, size_t n);
-void Accumulate(const float* in, float* out, size_t n);
+template <class T>
+float SumAt(const T* const* in, size_t count, size_t i) {
+  float sum = Widen(in[0][i]);
+  for (size_t k = 1; k < count; ++k) sum += Widen(in[k][i]);
+  return sum;
+}
+template <class T>
+void Sum(const T* const* in, size_t count, float* out, size_t n) {
+  for (size_t i = 0; i < n; ++i) out[i] = SumAt(in, count, i);
+}
+template <class T>
+void Accumulate(const T* in, float* out, size_t n) {
+  for (size_t i = 0; i < n; ++i) out[i] += Widen(in[i]);
+}
 
 double SquaredNorm(const float* const* in, size_t count, size_t n, bool* nonfinite);
 
 void AdamW(const AdamWScalars& s, const float* const* grads, size_t count, float* p, float* m,
-           float* v, bfloat16* copy, size_t n);
+           float* v, Copy copy, size_t n);
 
 void SplitMaster(const float* p, bfloat16* copy, uint16_t* remainder, size_t n);
 void JoinMaster(const bfloat16* copy, const uint16_t* remainder, float* p, size_t n);
 void AdamWSplit(const AdamWScalars& s, const float* const* grads, size_t count, bfloat16* copy,
                 uint16_t* remainder, float* m, float* v, size_t n);
 void Lion(const LionScalars& s, const float* const* grads, size_t count, float* p, float* m,
-          bfloat16* copy, size_t n);
+          Copy copy, size_t n);
 void Adagrad(const AdagradScalars& s, const float* const* grads, size_t count, float* p,
-             float* sum, bfloat16* copy, size_t n);
+             float* sum, Copy copy, size_t n);
 void Sgd(const SgdScalars& s, const float* const* grads, size_t count, float* p, float* b,
-         bfloat16* copy, size_t n);
+         Copy copy, size_t n);
 
 }  // namespace zerod::kernels::reference

@@ -11,10 +11,12 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "hwy/cache_control.h"
 #include "hwy/highway.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/scalar_casts.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace zerod::kernels {
@@ -29,6 +31,7 @@ using DI = hn::RebindToSigned<DF>;
 using DH = hn::Rebind<uint16_t, DF>;   // the 16-bit halves of a vector of floats
 using DHS = hn::Rebind<int16_t, DF>;
 using DH2 = hn::Twice<DH>;
+using DF16 = hn::Rebind<hwy::float16_t, DF>;
 using VF = hn::Vec<DF>;
 using VU = hn::Vec<DU>;
 using VH = hn::Vec<DH>;
@@ -60,6 +63,29 @@ HWY_INLINE VF FromBf16(VH x) {
   const DU du;
   return hn::BitCast(DF(), hn::ShiftLeft<16>(hn::PromoteTo(du, x)));
 }
+
+HWY_INLINE VH ToFp16(VF x) { return hn::BitCast(DH(), hn::DemoteTo(DF16(), x)); }
+
+HWY_INLINE VF FromFp16(VH x) { return hn::PromoteTo(DF(), hn::BitCast(DF16(), x)); }
+
+// --- Elements of any of the three types ------------------------------------------------------
+
+HWY_INLINE uint16_t* Words(bfloat16* p) { return p; }
+HWY_INLINE uint16_t* Words(float16* p) { return reinterpret_cast<uint16_t*>(p); }
+
+HWY_INLINE VF LoadWide(const float* p) { return hn::LoadU(DF(), p); }
+HWY_INLINE VF LoadWide(const bfloat16* p) { return FromBf16(hn::LoadU(DH(), p)); }
+HWY_INLINE VF LoadWide(const float16* p) {
+  return FromFp16(hn::LoadU(DH(), reinterpret_cast<const uint16_t*>(p)));
+}
+
+template <class T>
+HWY_INLINE VH NarrowTo(VF x) {
+  if constexpr (std::is_same_v<T, float16>) return ToFp16(x);
+  return ToBf16(x);
+}
+
+// --- The master as two halves ----------------------------------------------------------------
 
 // Signed comparisons are the cheap ones, and magnitudes have no sign bit.
 HWY_INLINE hn::Mask<DU> AtLeast(VU magnitude, uint32_t bound) {
@@ -96,34 +122,37 @@ HWY_INLINE VF Join(VH copy, VH remainder) {
 
 // --- Sums ------------------------------------------------------------------------------------
 
-inline void Add(const float* a, const float* b, float* out, size_t n) {
+template <class A, class B>
+void Add(const A* a, const B* b, float* out, size_t n) {
   const DF d;
   const size_t lanes = hn::Lanes(d);
   size_t i = 0;
   for (; i + lanes <= n; i += lanes) {
     PrefetchAhead(a + i);
     PrefetchAhead(b + i);
-    hn::StoreU(hn::Add(hn::LoadU(d, a + i), hn::LoadU(d, b + i)), d, out + i);
+    hn::StoreU(hn::Add(LoadWide(a + i), LoadWide(b + i)), d, out + i);
   }
-  for (; i < n; ++i) out[i] = a[i] + b[i];
+  for (; i < n; ++i) out[i] = Widen(a[i]) + Widen(b[i]);
 }
 
 // out = (out + a) + b
-inline void AddTwo(const float* a, const float* b, float* out, size_t n) {
+template <class T>
+void AddTwo(const T* a, const T* b, float* out, size_t n) {
   const DF d;
   const size_t lanes = hn::Lanes(d);
   size_t i = 0;
   for (; i + lanes <= n; i += lanes) {
     PrefetchAhead(a + i);
     PrefetchAhead(b + i);
-    const VF first = hn::Add(hn::LoadU(d, out + i), hn::LoadU(d, a + i));
-    hn::StoreU(hn::Add(first, hn::LoadU(d, b + i)), d, out + i);
+    const VF first = hn::Add(hn::LoadU(d, out + i), LoadWide(a + i));
+    hn::StoreU(hn::Add(first, LoadWide(b + i)), d, out + i);
   }
-  for (; i < n; ++i) out[i] = (out[i] + a[i]) + b[i];
+  for (; i < n; ++i) out[i] = (out[i] + Widen(a[i])) + Widen(b[i]);
 }
 
 // One block of the sum of two or more; `out` stays in the cache between the passes.
-inline void SumBlock(const float* const* in, size_t count, size_t begin, float* out, size_t n) {
+template <class T>
+void SumBlock(const T* const* in, size_t count, size_t begin, float* out, size_t n) {
   Add(in[0] + begin, in[1] + begin, out, n);
   size_t k = 2;
   for (; k + 2 <= count; k += 2) AddTwo(in[k] + begin, in[k + 1] + begin, out, n);

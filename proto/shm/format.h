@@ -24,7 +24,7 @@
 namespace zerod::shm {
 
 // Bumped whenever a layout below changes; client and daemon must agree exactly.
-inline constexpr uint32_t kFormatVersion = 1;
+inline constexpr uint32_t kFormatVersion = 2;
 inline constexpr uint64_t kMagic = 0x315f444f52455a00;  // "\0ZEROD_1"
 
 // The piece in which window memory is given to units.
@@ -85,16 +85,27 @@ struct CompleteEntry {
 };
 static_assert(sizeof(CompleteEntry) == 32);
 
-// One parameter group's values for one step. Units: torch.optim.AdamW's.
+// One parameter group's values for one step, in the words of torch.optim. Each kind of optimizer
+// reads its own (daemon/core/types.h); the others are as they are by default there.
+enum GroupFlags : uint64_t {
+  kDecoupled = 1,       // Adam: weight decay is AdamW's
+  kBiasCorrection = 2,  // Adam
+  kNesterov = 4,        // SGD
+};
 struct GroupRecord {
   double lr;
   double beta1;
   double beta2;
   double eps;
   double weight_decay;
-  uint64_t reserved[3];
+  double momentum;
+  double dampening;
+  double lr_decay;
+  double initial_accumulator_value;
+  uint64_t flags;  // GroupFlags
+  uint64_t reserved[6];
 };
-static_assert(sizeof(GroupRecord) == 64);
+static_assert(sizeof(GroupRecord) == 128);
 
 // What varies from step to step; compared among all clients (docs/step.md).
 struct StepRecord {
@@ -150,6 +161,7 @@ struct CompletePage {
   double grad_norm;  // NaN when not computed
   uint32_t skipped;  // 1: the last step was skipped (non-finite gradients)
   uint32_t reserved1;
+  double loss_scale; // what the next step's loss is to be multiplied by
 };
 
 // --- The submit file behind SubmitPage -------------------------------------------------------

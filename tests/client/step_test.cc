@@ -408,13 +408,21 @@ TEST(Step, CarriesTheRecordAndTheBlob) {
     blob.assign(reinterpret_cast<const char*>(daemon.transfer() + 8192), entry.arg0);
     daemon.complete()->grad_norm = 12.5;
     daemon.complete()->skipped = 1;
+    daemon.complete()->loss_scale = 512;
     return FakeDaemon::Reply{};
   });
+  EXPECT_EQ(client->loss_scale(), 1);
   StepRequest request;
   request.max_norm = 1.5;
   request.loss_scale = 1024;
   request.want_norm = true;
   request.groups = {{0.1, 0.8, 0.99, 1e-6, 0.01}, {0.2}};
+  request.groups[1].momentum = 0.7;
+  request.groups[1].dampening = 0.1;
+  request.groups[1].lr_decay = 0.3;
+  request.groups[1].initial_accumulator_value = 0.4;
+  request.groups[1].decoupled = false;
+  request.groups[1].nesterov = true;
   request.blob = "random state";
   const absl::StatusOr<StepResult> result = client->Step(request);
   ASSERT_TRUE(result.ok()) << result.status();
@@ -428,6 +436,14 @@ TEST(Step, CarriesTheRecordAndTheBlob) {
   EXPECT_EQ(record.group[0].eps, 1e-6);
   EXPECT_EQ(record.group[1].lr, 0.2);
   EXPECT_EQ(record.group[1].beta1, 0.9);
+  EXPECT_EQ(record.group[1].momentum, 0.7);
+  EXPECT_EQ(record.group[1].dampening, 0.1);
+  EXPECT_EQ(record.group[1].lr_decay, 0.3);
+  EXPECT_EQ(record.group[1].initial_accumulator_value, 0.4);
+  EXPECT_EQ(record.group[0].flags, uint64_t{shm::kDecoupled | shm::kBiasCorrection});
+  EXPECT_EQ(record.group[1].flags, uint64_t{shm::kBiasCorrection | shm::kNesterov});
+  EXPECT_EQ(result->loss_scale, 512);
+  EXPECT_EQ(client->loss_scale(), 512);
   EXPECT_EQ(blob, "random state");
 }
 

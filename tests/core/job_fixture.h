@@ -82,7 +82,7 @@ class JobTest : public ::testing::Test {
       any = false;
       for (const auto& a : Take<StartAllGather>()) any = true, job_->OnEntryDone(a.seq, {});
       for (const auto& a : Take<StartReduce>()) any = true, job_->OnEntryDone(a.seq, {});
-      for (const auto& a : Take<ComputeNorm>()) any = true, job_->OnNormDone(a.step, NormPart{});
+      for (const auto& a : Take<ComputeNorm>()) any = true, job_->OnNormDone(a.step, Norm(a));
       for (const auto& a : Take<StartAccumulate>()) {
         any = true;
         job_->OnAccumulateDone(a.unit, a.slot);
@@ -99,7 +99,21 @@ class JobTest : public ::testing::Test {
     }
   }
 
+  // Gradients of zeros, or with something that is not finite among them.
+  NormPart Norm(const ComputeNorm& a) const {
+    NormPart part;
+    if (!a.needed) return part;
+    const Layout& layout = *job_->spec().layout;
+    for (const Unit& u : layout.units()) {
+      part.block_squares.resize(part.block_squares.size() +
+                                layout.Blocks({0, u.trainable_elements}));
+    }
+    part.nonfinite = overflow_;
+    return part;
+  }
+
   NoWindow window_;
+  bool overflow_ = false;
   std::unique_ptr<Job> job_;
   std::vector<Action> actions_;
   std::map<uint64_t, Complete> answers_;

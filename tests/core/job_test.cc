@@ -4,6 +4,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
+#include <limits>
+
 #include "tests/core/job_fixture.h"
 
 namespace zerod::core {
@@ -47,6 +50,88 @@ TEST_F(JobTest, DisagreementNamesTheRanksAndUsesNoStepUp) {
   RunEngine();
   EXPECT_TRUE(Answer(14).ok());
   EXPECT_TRUE(applied_.empty());  // the refused step's gradients are gone
+}
+
+TEST_F(JobTest, AnOverflowSkipsTheStepAndLowersTheScaleForAll) {
+  JobSpec spec = Spec(1, 1);
+  spec.skip_nonfinite = true;
+  spec.loss_scale = LossScaleSpec{};
+  spec.loss_scale->initial_scale = 4;
+  spec.loss_scale->hysteresis = 1;
+  spec.loss_scale->min_scale = 2;
+  Make(std::move(spec));
+  Attach(1);
+  EXPECT_EQ(job_->last_step().next_loss_scale, 4);
+  HyperParameters hyper = Hyper(1);
+  hyper.loss_scale = 2;
+  job_->OnStep(0, 11, 1, hyper, {});
+  EXPECT_THAT(std::string(Answer(11).message()), HasSubstr("multiplied by 4, STEP says 2"));
+  hyper.loss_scale = 4;
+  overflow_ = true;
+  job_->OnScatter(0, 0, 1, 1, true, 0, {true});
+  job_->OnStep(0, 12, 1, hyper, {});
+  RunEngine();
+  EXPECT_TRUE(Answer(12).ok());
+  EXPECT_TRUE(answers_.at(12).step->skipped);
+  EXPECT_EQ(answers_.at(12).step->next_loss_scale, 2);
+  EXPECT_TRUE(std::isinf(answers_.at(12).step->grad_norm));
+  EXPECT_EQ(job_->committed(), 1u);
+  EXPECT_EQ(job_->applied(), 0u);
+  EXPECT_TRUE(applied_.empty());
+  // At the smallest scale there is nothing left to try: the step is refused and can be tried again.
+  hyper.loss_scale = 2;
+  job_->OnStep(0, 13, 2, hyper, {});
+  RunEngine();
+  EXPECT_TRUE(absl::IsFailedPrecondition(Answer(13)));
+  EXPECT_THAT(std::string(Answer(13).message()), HasSubstr("diverged"));
+  EXPECT_EQ(job_->committed(), 1u);
+  overflow_ = false;
+  job_->OnScatter(0, 0, 1, 2, true, 0, {true});
+  job_->OnStep(0, 14, 2, hyper, {});
+  RunEngine();
+  EXPECT_TRUE(Answer(14).ok());
+  EXPECT_EQ(job_->committed(), 2u);
+}
+
+TEST_F(JobTest, AGroupIsCheckedForWhatItsOptimizerReads) {
+  const OptimizerKind kinds[] = {OptimizerKind::kAdam, OptimizerKind::kLion,
+                                 OptimizerKind::kAdagrad, OptimizerKind::kSgd,
+                                 OptimizerKind::kSgdMomentum};
+  const auto refused = [](OptimizerKind kind, auto change) {
+    Group g;
+    change(&g);
+    return !CheckGroup(kind, g).ok();
+  };
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  for (const OptimizerKind kind : kinds) {
+    EXPECT_TRUE(CheckGroup(kind, Group{}).ok());
+    EXPECT_TRUE(refused(kind, [&](Group* g) { g->lr = nan; }));
+    EXPECT_TRUE(refused(kind, [&](Group* g) { g->weight_decay = nan; }));
+    const bool betas = kind == OptimizerKind::kAdam || kind == OptimizerKind::kLion;
+    EXPECT_EQ(refused(kind, [](Group* g) { g->beta2 = 1; }), betas);
+    const bool eps = kind == OptimizerKind::kAdam || kind == OptimizerKind::kAdagrad;
+    EXPECT_EQ(refused(kind, [](Group* g) { g->eps = -1; }), eps);
+  }
+  EXPECT_TRUE(refused(OptimizerKind::kAdagrad, [&](Group* g) { g->lr_decay = -1; }));
+  EXPECT_TRUE(refused(OptimizerKind::kSgd, [](Group* g) { g->momentum = 0.9; }));
+  EXPECT_FALSE(refused(OptimizerKind::kSgdMomentum, [](Group* g) { g->momentum = 0.9; }));
+  EXPECT_TRUE(refused(OptimizerKind::kSgdMomentum, [&](Group* g) { g->dampening = nan; }));
+}
+
+TEST_F(JobTest, OnlyStateThatIsKeptCanBeRead) {
+  ModelDescription model = Gpt(1);
+  model.groups = {OptimizerKind::kLion};
+  JobSpec spec = Spec(1, 1);
+  spec.layout = std::make_shared<const Layout>(*Layout::Build(model, {}));
+  spec.window.pinned.assign(spec.layout->units().size(), true);
+  spec.window.resident = spec.window.pinned;
+  spec.window.base_chunks = spec.window.max_chunks = spec.layout->chunks();
+  Make(std::move(spec));
+  Attach(1);
+  job_->OnRead(0, 1, 0, 0, 1, StateKind::kExpAvg);
+  EXPECT_TRUE(absl::IsUnknown(Answer(1)));
+  job_->OnRead(0, 2, 0, 0, 1, StateKind::kExpAvgSq);
+  EXPECT_TRUE(absl::IsInvalidArgument(Answer(2)));
 }
 
 TEST_F(JobTest, NonsenseFromAClientIsItsOwnError) {

@@ -54,6 +54,18 @@ INSTANTIATE_TEST_SUITE_P(StagesAndMembers, PlanStages,
                                            Case{0, 4}, Case{1, 4}, Case{2, 4}, Case{3, 4},
                                            Case{1, 3}, Case{2, 7}, Case{3, 7}));
 
+TEST(PlanTest, MomentsAreWhatTheOptimizerKeeps) {
+  const auto moments = [](std::vector<OptimizerKind> groups) {
+    ModelDescription model = Gpt(2);
+    model.groups = std::move(groups);
+    return PlanJob(Stage(0), *Layout::Build(model, {}), 1, 0, 1, kPlenty)->memory.moments;
+  };
+  const uint64_t two = moments({OptimizerKind::kAdam});
+  EXPECT_EQ(moments({OptimizerKind::kLion}), two / 2);
+  EXPECT_EQ(moments({OptimizerKind::kSgdMomentum}), two / 2);
+  EXPECT_EQ(moments({OptimizerKind::kSgd}), 0u);
+}
+
 TEST(PlanTest, OneMemberWithRoomForEverythingTrainsInTheWindow) {
   const Layout layout = *Layout::Build(Gpt(4), {});
   const JobPlan plan = *PlanJob(Stage(3), layout, 1, 0, 1, kPlenty);

@@ -245,12 +245,13 @@ core::ModelDescription SmallModel(core::DType dtype, int blocks, int64_t width) 
   return model;
 }
 
-std::string ConfigText(uint32_t stage, bool bf16, const std::string& zero_keys,
+std::string ConfigText(uint32_t stage, core::DType dtype, const std::string& zero_keys,
                        const std::string& zerod_keys) {
   return absl::StrCat(
       "{\"train_micro_batch_size_per_gpu\": 1, \"gradient_clipping\": 0.0, ",
-      "\"bf16\": {\"enabled\": ",
-      bf16 ? "true" : "false", "}, \"zero_optimization\": {\"stage\": ", stage,
+      "\"bf16\": {\"enabled\": ", dtype == core::DType::kBFloat16 ? "true" : "false",
+      "}, \"fp16\": {\"enabled\": ", dtype == core::DType::kFloat16 ? "true" : "false",
+      ", \"initial_scale_power\": 0}, \"zero_optimization\": {\"stage\": ", stage,
       zero_keys.empty() ? "" : ", ", zero_keys, "}, \"zerod\": {", zerod_keys, "}}");
 }
 

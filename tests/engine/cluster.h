@@ -103,7 +103,7 @@ class Cluster {
 
 // embed, `blocks` like siblings h.0 ... with two parameters each, a frozen parameter, a norm.
 core::ModelDescription SmallModel(core::DType dtype, int blocks, int64_t width);
-std::string ConfigText(uint32_t stage, bool bf16, const std::string& zero_keys = "",
+std::string ConfigText(uint32_t stage, core::DType dtype, const std::string& zero_keys = "",
                        const std::string& zerod_keys = "");
 
 }  // namespace zerod::engine::testing

@@ -23,7 +23,7 @@ using core::UnitIndex;
 ClusterOptions Small(uint32_t clients, const std::string& zerod_keys = "") {
   ClusterOptions options;
   options.local_world = clients;
-  options.config = ConfigText(2, false, "", zerod_keys);
+  options.config = ConfigText(2, core::DType::kFloat32, "", zerod_keys);
   options.model = SmallModel(core::DType::kFloat32, 2, 30);
   return options;
 }

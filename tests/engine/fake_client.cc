@@ -13,7 +13,7 @@
 #include "absl/time/clock.h"
 #include "base/check.h"
 #include "base/status.h"
-#include "kernels/cpu/kernels.h"
+#include "daemon/engine/narrow.h"
 
 namespace zerod::engine::testing {
 
@@ -131,12 +131,7 @@ std::vector<float> FakeClient::Values(core::UnitIndex u) const {
            std::min(shm::kChunkBytes, bytes - begin));
   }
   std::vector<float> values(unit.elements);
-  if (layout_->dtype() == core::DType::kFloat32) {
-    memcpy(values.data(), raw.data(), bytes);
-  } else {
-    kernels::CastFromBf16(reinterpret_cast<const uint16_t*>(raw.data()), values.data(),
-                          values.size());
-  }
+  Widen(layout_->dtype(), raw.data(), values.data(), values.size());
   return values;
 }
 
@@ -201,7 +196,19 @@ absl::StatusOr<StepAnswer> FakeClient::Step(const StepOptions& options) {
   record.groups = static_cast<uint32_t>(options.hyper.groups.size());
   for (size_t i = 0; i < options.hyper.groups.size(); ++i) {
     const core::Group& g = options.hyper.groups[i];
-    record.group[i] = {g.lr, g.beta1, g.beta2, g.eps, g.weight_decay, {}};
+    shm::GroupRecord& r = record.group[i];
+    r.lr = g.lr;
+    r.beta1 = g.beta1;
+    r.beta2 = g.beta2;
+    r.eps = g.eps;
+    r.weight_decay = g.weight_decay;
+    r.momentum = g.momentum;
+    r.dampening = g.dampening;
+    r.lr_decay = g.lr_decay;
+    r.initial_accumulator_value = g.initial_accumulator_value;
+    r.flags = (g.decoupled ? uint64_t{shm::kDecoupled} : 0) |
+              (g.bias_correction ? uint64_t{shm::kBiasCorrection} : 0) |
+              (g.nesterov ? uint64_t{shm::kNesterov} : 0);
   }
   submit()->step = record;
   memcpy(map_[3] + plan_.transfer_values_bytes, options.blob.data(), options.blob.size());

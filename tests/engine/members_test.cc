@@ -18,10 +18,14 @@ constexpr char kSmallWindow[] =
     "\"stage3_param_persistence_threshold\": 2000, \"stage3_max_live_parameters\": 70000, "
     "\"stage3_prefetch_bucket_size\": 20000";
 
+constexpr core::DType kFp32 = core::DType::kFloat32;
+constexpr core::DType kBf16 = core::DType::kBFloat16;
+constexpr core::DType kFp16 = core::DType::kFloat16;
+
 struct Case {
   std::string name;
   uint32_t stage;
-  bool bf16;
+  core::DType dtype;
   uint32_t members;
   uint32_t local_world;
   bool node_sum;
@@ -37,10 +41,9 @@ TEST_P(Members, TrainAsPlainLoopsDo) {
   options.members = c.members;
   options.local_world = c.local_world;
   options.config = ConfigText(
-      c.stage, c.bf16, c.zero_keys,
+      c.stage, c.dtype, c.zero_keys,
       absl::StrCat("\"gradient_plan\": \"", c.node_sum ? "node_sum" : "per_rank", "\""));
-  options.model =
-      SmallModel(c.bf16 ? core::DType::kBFloat16 : core::DType::kFloat32, 4, 130);
+  options.model = SmallModel(c.dtype, 4, 130);
   Cluster cluster(options);
   Workload workload = DefaultWorkload();
   workload.micro_steps = c.micro_steps;
@@ -76,29 +79,108 @@ TEST_P(Members, TrainAsPlainLoopsDo) {
 
 INSTANTIATE_TEST_SUITE_P(
     Grids, Members,
-    ::testing::Values(Case{"TwoStage0", 0, false, 2, 1, false, 1, ""},
-                      Case{"TwoStage1", 1, false, 2, 1, false, 1, ""},
-                      Case{"TwoStage2", 2, false, 2, 1, false, 1, ""},
-                      Case{"TwoStage3", 3, false, 2, 1, false, 1, kSmallWindow},
-                      Case{"TwoByTwoStage0", 0, false, 2, 2, false, 2, ""},
-                      Case{"TwoByTwoStage1", 1, false, 2, 2, false, 2, ""},
-                      Case{"TwoByTwoStage3", 3, false, 2, 2, false, 2, kSmallWindow},
-                      Case{"TwoByTwoStage3AllFits", 3, false, 2, 2, false, 1, ""},
-                      Case{"TwoByTwoNodeSum", 3, false, 2, 2, true, 2, kSmallWindow},
-                      Case{"TwoByTwoNodeSumStage0", 0, false, 2, 2, true, 2, ""},
-                      Case{"ThreeStage0", 0, false, 3, 1, false, 1, ""},
-                      Case{"ThreeStage2", 2, false, 3, 1, false, 1, ""},
-                      Case{"ThreeStage3", 3, false, 3, 1, false, 1, kSmallWindow},
-                      Case{"Bf16Stage0", 0, true, 2, 1, false, 1, ""},
-                      Case{"Bf16Stage2", 2, true, 2, 1, false, 1, ""},
-                      Case{"Bf16Stage3", 3, true, 2, 1, false, 1, kSmallWindow}),
+    ::testing::Values(Case{"TwoStage0", 0, kFp32, 2, 1, false, 1, ""},
+                      Case{"TwoStage1", 1, kFp32, 2, 1, false, 1, ""},
+                      Case{"TwoStage2", 2, kFp32, 2, 1, false, 1, ""},
+                      Case{"TwoStage3", 3, kFp32, 2, 1, false, 1, kSmallWindow},
+                      Case{"TwoByTwoStage0", 0, kFp32, 2, 2, false, 2, ""},
+                      Case{"TwoByTwoStage1", 1, kFp32, 2, 2, false, 2, ""},
+                      Case{"TwoByTwoStage3", 3, kFp32, 2, 2, false, 2, kSmallWindow},
+                      Case{"TwoByTwoStage3AllFits", 3, kFp32, 2, 2, false, 1, ""},
+                      Case{"TwoByTwoNodeSum", 3, kFp32, 2, 2, true, 2, kSmallWindow},
+                      Case{"TwoByTwoNodeSumStage0", 0, kFp32, 2, 2, true, 2, ""},
+                      Case{"ThreeStage0", 0, kFp32, 3, 1, false, 1, ""},
+                      Case{"ThreeStage2", 2, kFp32, 3, 1, false, 1, ""},
+                      Case{"ThreeStage3", 3, kFp32, 3, 1, false, 1, kSmallWindow},
+                      Case{"Bf16Stage0", 0, kBf16, 2, 1, false, 1, ""},
+                      Case{"Bf16Stage2", 2, kBf16, 2, 1, false, 1, ""},
+                      Case{"Bf16Stage3", 3, kBf16, 2, 1, false, 1, kSmallWindow},
+                      Case{"Bf16TwoByTwoNodeSum", 3, kBf16, 2, 2, true, 2, kSmallWindow},
+                      Case{"Bf16ThreeStage1", 1, kBf16, 3, 1, false, 2, ""},
+                      Case{"Fp16Stage0", 0, kFp16, 2, 1, false, 1, ""},
+                      Case{"Fp16Stage3", 3, kFp16, 2, 2, false, 2, kSmallWindow}),
+    [](const auto& c) { return c.param.name; });
+
+struct OptimizerCase {
+  std::string name;
+  core::OptimizerKind first;   // of group 0
+  core::OptimizerKind second;  // of group 1
+  core::Group group;
+};
+
+class EveryOptimizer : public ::testing::TestWithParam<OptimizerCase> {};
+
+TEST_P(EveryOptimizer, TrainsAsPlainLoopsDo) {
+  for (const uint32_t members : {1u, 2u}) {
+    ClusterOptions options;
+    options.members = members;
+    options.config = ConfigText(3, kBf16, kSmallWindow);
+    options.model = SmallModel(kBf16, 4, 130);
+    options.model.groups = {GetParam().first, GetParam().second};
+    Cluster cluster(options);
+    Workload workload = DefaultWorkload();
+    workload.hyper.groups.assign(2, GetParam().group);
+    workload.hyper.groups[1].lr *= 0.5;
+    if (GetParam().second == core::OptimizerKind::kSgd) workload.hyper.groups[1].momentum = 0;
+    constexpr uint64_t kSteps = 3;
+    Reference reference(&cluster.layout(), members, 1, /*node_sum=*/false);
+    for (uint64_t i = 0; i < kSteps; ++i) reference.Step(workload);
+    const JobState expected = StateOf(cluster.layout(), reference);
+    cluster.RunClients([&](uint32_t rank, FakeClient& client) {
+      Train(cluster.layout(), rank, client, workload, kSteps, /*fresh=*/true);
+      EXPECT_TRUE(ReadState(cluster.layout(), client) == expected)
+          << members << " members, rank " << rank;
+      EXPECT_TRUE(client.Barrier().ok());
+    });
+  }
+}
+
+core::Group SomeGroup() {
+  core::Group g;
+  g.lr = 0.02;
+  g.beta1 = 0.8;
+  g.beta2 = 0.95;
+  g.eps = 1e-8;
+  g.weight_decay = 0.1;
+  g.lr_decay = 0.01;
+  g.initial_accumulator_value = 0.5;
+  return g;
+}
+
+core::Group WithMomentum(bool nesterov) {
+  core::Group g = SomeGroup();
+  g.momentum = 0.9;
+  g.dampening = nesterov ? 0 : 0.1;
+  g.nesterov = nesterov;
+  return g;
+}
+
+core::Group PlainAdam() {
+  core::Group g = SomeGroup();
+  g.decoupled = false;
+  g.bias_correction = false;
+  return g;
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Kinds, EveryOptimizer,
+    ::testing::Values(
+        OptimizerCase{"Adam", core::OptimizerKind::kAdam, core::OptimizerKind::kAdam, PlainAdam()},
+        OptimizerCase{"Lion", core::OptimizerKind::kLion, core::OptimizerKind::kLion, SomeGroup()},
+        OptimizerCase{"Adagrad", core::OptimizerKind::kAdagrad, core::OptimizerKind::kAdagrad,
+                      SomeGroup()},
+        OptimizerCase{"Sgd", core::OptimizerKind::kSgd, core::OptimizerKind::kSgd, SomeGroup()},
+        OptimizerCase{"SgdMomentum", core::OptimizerKind::kSgdMomentum,
+                      core::OptimizerKind::kSgd, WithMomentum(false)},
+        OptimizerCase{"Nesterov", core::OptimizerKind::kSgdMomentum,
+                      core::OptimizerKind::kSgdMomentum, WithMomentum(true)}),
     [](const auto& c) { return c.param.name; });
 
 TEST(SeveralMembers, RoundsAddUpAtTheOwners) {
   for (uint32_t stage : {0u, 3u}) {
     ClusterOptions options;
     options.members = 2;
-    options.config = ConfigText(stage, false);
+    options.config = ConfigText(stage, kFp32);
     options.model = SmallModel(core::DType::kFloat32, 2, 60);
     Cluster cluster(options);
     std::vector<JobState> states(2);
@@ -134,7 +216,7 @@ TEST(SeveralMembers, RoundsAddUpAtTheOwners) {
 TEST(SeveralMembers, AMemberThatIsLostEndsTheJobEverywhere) {
   ClusterOptions options;
   options.members = 2;
-  options.config = ConfigText(2, false);
+  options.config = ConfigText(2, kFp32);
   options.model = SmallModel(core::DType::kFloat32, 2, 30);
   Cluster cluster(options);
   cluster.RunClients([&](uint32_t rank, FakeClient& client) {
@@ -154,7 +236,7 @@ TEST(SeveralMembers, AMemberThatIsLostEndsTheJobEverywhere) {
 TEST(SeveralMembers, ADeadClientOnOneNodeAbortsAllAndTrainingResumes) {
   ClusterOptions options;
   options.members = 2;
-  options.config = ConfigText(3, false, kSmallWindow);
+  options.config = ConfigText(3, kFp32, kSmallWindow);
   options.model = SmallModel(core::DType::kFloat32, 4, 130);
   Cluster cluster(options);
   const Workload workload = DefaultWorkload();

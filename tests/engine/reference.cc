@@ -51,7 +51,11 @@ Workload DefaultWorkload() {
 
 Reference::Reference(const core::Layout* layout, uint32_t members, uint32_t local_world,
                      bool node_sum)
-    : layout_(layout), members_(members), local_world_(local_world), node_sum_(node_sum) {
+    : layout_(layout),
+      partition_(*layout, members),
+      members_(members),
+      local_world_(local_world),
+      node_sum_(node_sum) {
   for (UnitIndex u = 0; u < layout_->units().size(); ++u) {
     master_.push_back(InitialValues(*layout_, u));
     for (auto& moments : moments_) {
@@ -62,12 +66,32 @@ Reference::Reference(const core::Layout* layout, uint32_t members, uint32_t loca
 }
 
 std::vector<float> Reference::Seen(UnitIndex u) const {
-  if (layout_->dtype() == core::DType::kFloat32) return master_[u];
-  std::vector<uint16_t> narrow(master_[u].size());
-  std::vector<float> seen(master_[u].size());
-  kernels::reference::CastToBf16(master_[u].data(), narrow.data(), narrow.size());
-  kernels::reference::CastFromBf16(narrow.data(), seen.data(), seen.size());
+  std::vector<float> seen = master_[u];
+  for (float& value : seen) value = Rounded(value);
   return seen;
+}
+
+float Reference::Rounded(float value) const {
+  if (layout_->dtype() == core::DType::kBFloat16) {
+    kernels::bfloat16 narrow;
+    kernels::reference::CastToBf16(&value, &narrow, 1);
+    kernels::reference::CastFromBf16(&narrow, &value, 1);
+  } else if (layout_->dtype() == core::DType::kFloat16) {
+    kernels::float16 narrow;
+    kernels::reference::CastToFp16(&value, &narrow, 1);
+    kernels::reference::CastFromFp16(&narrow, &value, 1);
+  }
+  return value;
+}
+
+// Each owner gets the others' sums in the type of the wire, and has its own as it is.
+void Reference::Send(core::MemberIndex from, const core::Parameter& p,
+                     std::vector<float>* sum) const {
+  const core::Range own = partition_.Shard(p.unit, from);
+  for (uint64_t i = 0; i < sum->size(); ++i) {
+    const uint64_t element = p.offset + i;
+    if (element < own.begin || element >= own.end) (*sum)[i] = Rounded((*sum)[i]);
+  }
 }
 
 bool Reference::SumOf(const Workload& workload, uint32_t parameter, std::vector<float>* sum) const {
@@ -107,6 +131,7 @@ bool Reference::SumOf(const Workload& workload, uint32_t parameter, std::vector<
       }
     }
     any = any || !first;
+    if (members_ > 1) Send(member, p, &node);
     add(node, &first_node, sum);
   }
   return any;
@@ -141,16 +166,41 @@ void Reference::Step(const Workload& workload) {
   if (hyper.max_norm > 0) scale *= std::min(1.0, hyper.max_norm / (grad_norm_ + 1e-6));
   for (uint32_t i = 0; i < sums.size(); ++i) {
     if (!touched[i]) continue;
-    const core::Parameter& p = layout_->parameters()[i];
-    const core::Group& g = hyper.groups[p.group];
-    const kernels::AdamWScalars scalars = kernels::MakeAdamWScalars(
-        g.lr, g.beta1, g.beta2, g.eps, g.weight_decay, ++parameter_steps_[i], scale);
-    const float* in = sums[i].data();
-    kernels::reference::AdamW(scalars, &in, 1, master_[p.unit].data() + p.offset,
-                              moments_[0][p.unit].data() + p.offset,
-                              moments_[1][p.unit].data() + p.offset, nullptr, p.elements);
+    Update(layout_->parameters()[i], hyper, ++parameter_steps_[i], scale, sums[i].data());
   }
   ++step_;
+}
+
+void Reference::Update(const core::Parameter& p, const core::HyperParameters& hyper, uint64_t t,
+                       double scale, const float* gradient) {
+  const core::Group& g = hyper.groups[p.group];
+  float* const master = master_[p.unit].data() + p.offset;
+  float* const m = moments_[0][p.unit].data() + p.offset;
+  float* const v = moments_[1][p.unit].data() + p.offset;
+  switch (layout_->optimizer(p.group)) {
+    case core::OptimizerKind::kAdam:
+      return kernels::reference::AdamW(
+          kernels::MakeAdamWScalars(g.lr, g.beta1, g.beta2, g.eps, g.weight_decay, t, scale,
+                                    g.decoupled, g.bias_correction),
+          &gradient, 1, master, m, v, nullptr, p.elements);
+    case core::OptimizerKind::kLion:
+      return kernels::reference::Lion(
+          kernels::MakeLionScalars(g.lr, g.beta1, g.beta2, g.weight_decay, scale), &gradient, 1,
+          master, m, nullptr, p.elements);
+    case core::OptimizerKind::kAdagrad:
+      if (t == 1) std::fill_n(m, p.elements, static_cast<float>(g.initial_accumulator_value));
+      return kernels::reference::Adagrad(
+          kernels::MakeAdagradScalars(g.lr, g.lr_decay, g.eps, g.weight_decay, t, scale),
+          &gradient, 1, master, m, nullptr, p.elements);
+    case core::OptimizerKind::kSgd:
+    case core::OptimizerKind::kSgdMomentum: {
+      const bool momentum = layout_->optimizer(p.group) == core::OptimizerKind::kSgdMomentum;
+      return kernels::reference::Sgd(
+          kernels::MakeSgdScalars(g.lr, g.momentum, g.dampening, g.weight_decay, g.nesterov, t,
+                                  scale),
+          &gradient, 1, master, momentum ? m : nullptr, nullptr, p.elements);
+    }
+  }
 }
 
 void PutInitial(const core::Layout& layout, FakeClient& client) {
@@ -210,7 +260,7 @@ void Train(const core::Layout& layout, uint32_t rank, FakeClient& client, const 
 
 JobState ReadState(const core::Layout& layout, FakeClient& client) {
   JobState state;
-  for (int kind = 0; kind < 3; ++kind) {
+  for (uint32_t kind = 0; kind <= layout.state_tensors(); ++kind) {
     for (UnitIndex u = 0; u < layout.units().size(); ++u) {
       const core::Unit& unit = layout.units()[u];
       absl::StatusOr<std::vector<float>> values =
@@ -226,7 +276,7 @@ JobState StateOf(const core::Layout& layout, const Reference& reference) {
   JobState state;
   for (UnitIndex u = 0; u < layout.units().size(); ++u) {
     state.arrays[0].push_back(reference.master(u));
-    for (int which = 0; which < 2; ++which) {
+    for (uint32_t which = 0; which < layout.state_tensors(); ++which) {
       std::vector<float> moment = reference.moment(which, u);
       moment.resize(layout.units()[u].elements);
       state.arrays[1 + which].push_back(std::move(moment));

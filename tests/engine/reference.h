@@ -39,10 +39,16 @@ class Reference {
   double grad_norm() const { return grad_norm_; }
 
  private:
+  void Update(const core::Parameter& p, const core::HyperParameters& hyper, uint64_t t,
+              double scale, const float* gradient);
+  // To the layout's dtype and back.
+  float Rounded(float value) const;
+  void Send(core::MemberIndex from, const core::Parameter& p, std::vector<float>* sum) const;
   // Sum over all ranks of the gradient of one parameter; false: nobody touched it.
   bool SumOf(const Workload& workload, uint32_t parameter, std::vector<float>* sum) const;
 
   const core::Layout* const layout_;
+  const core::Partition partition_;
   const uint32_t members_;
   const uint32_t local_world_;
   const bool node_sum_;

@@ -15,10 +15,14 @@ namespace {
 
 using core::UnitIndex;
 
+constexpr core::DType kFp32 = core::DType::kFloat32;
+constexpr core::DType kBf16 = core::DType::kBFloat16;
+constexpr core::DType kFp16 = core::DType::kFloat16;
+
 struct Case {
   std::string name;
   uint32_t stage;
-  bool bf16;
+  core::DType dtype;
   uint32_t clients;
   bool node_sum;
   uint32_t micro_steps;
@@ -38,10 +42,9 @@ TEST_P(OneMember, TrainsAsPlainLoopsDo) {
   ClusterOptions options;
   options.local_world = c.clients;
   options.config = ConfigText(
-      c.stage, c.bf16, c.zero_keys,
+      c.stage, c.dtype, c.zero_keys,
       absl::StrCat("\"gradient_plan\": \"", c.node_sum ? "node_sum" : "per_rank", "\""));
-  options.model =
-      SmallModel(c.bf16 ? core::DType::kBFloat16 : core::DType::kFloat32, 4, 130);
+  options.model = SmallModel(c.dtype, 4, 130);
   Cluster cluster(options);
   const core::JobPlan& plan = cluster.runner(0).plan();
   ASSERT_EQ(plan.node_sum, c.node_sum);
@@ -85,31 +88,35 @@ TEST_P(OneMember, TrainsAsPlainLoopsDo) {
 
 INSTANTIATE_TEST_SUITE_P(
     Plans, OneMember,
-    ::testing::Values(Case{"Fp32Stage0", 0, false, 1, false, 1, ""},
-                      Case{"Fp32Stage2TwoClients", 2, false, 2, false, 2, ""},
-                      Case{"Fp32Stage3AllFits", 3, false, 2, false, 1, ""},
-                      Case{"Fp32Stage3SmallWindow", 3, false, 2, false, 1, kSmallWindow},
-                      Case{"Fp32Stage3OneClient", 3, false, 1, false, 1, kSmallWindow},
-                      Case{"Fp32NodeSum", 1, false, 3, true, 2, ""},
-                      Case{"Fp32NodeSumSmallWindow", 3, false, 2, true, 2, kSmallWindow},
-                      Case{"Bf16Stage1", 1, true, 2, false, 1, ""},
-                      Case{"Bf16Stage3AllFits", 3, true, 2, false, 1, ""},
-                      Case{"Bf16Stage3SmallWindow", 3, true, 2, false, 2,
+    ::testing::Values(Case{"Fp32Stage0", 0, kFp32, 1, false, 1, ""},
+                      Case{"Fp32Stage2TwoClients", 2, kFp32, 2, false, 2, ""},
+                      Case{"Fp32Stage3AllFits", 3, kFp32, 2, false, 1, ""},
+                      Case{"Fp32Stage3SmallWindow", 3, kFp32, 2, false, 1, kSmallWindow},
+                      Case{"Fp32Stage3OneClient", 3, kFp32, 1, false, 1, kSmallWindow},
+                      Case{"Fp32NodeSum", 1, kFp32, 3, true, 2, ""},
+                      Case{"Fp32NodeSumSmallWindow", 3, kFp32, 2, true, 2, kSmallWindow},
+                      Case{"Bf16Stage1", 1, kBf16, 2, false, 1, ""},
+                      Case{"Bf16Stage3AllFits", 3, kBf16, 2, false, 1, ""},
+                      Case{"Bf16Stage3SmallWindow", 3, kBf16, 2, false, 2,
                            "\"stage3_param_persistence_threshold\": 1000, "
                            "\"stage3_max_live_parameters\": 140000"},
-                      Case{"Bf16NodeSum", 2, true, 2, true, 1, ""}),
+                      Case{"Bf16NodeSum", 2, kBf16, 2, true, 1, ""},
+                      Case{"Fp16Stage2", 2, kFp16, 2, false, 2, ""},
+                      Case{"Fp16Stage3SmallWindow", 3, kFp16, 1, false, 1, kSmallWindow}),
     CaseName);
 
 ClusterOptions Small(uint32_t clients, const std::string& zerod_keys = "") {
   ClusterOptions options;
   options.local_world = clients;
-  options.config = ConfigText(2, false, "", zerod_keys);
+  options.config = ConfigText(2, kFp32, "", zerod_keys);
   options.model = SmallModel(core::DType::kFloat32, 2, 30);
   return options;
 }
 
 TEST(Step, NormIsNotTakenWhereNobodyAsks) {
-  Cluster cluster(Small(1));
+  ClusterOptions options = Small(1);
+  options.config = ConfigText(0, kFp32);  // elsewhere a step is skipped by it
+  Cluster cluster(options);
   cluster.RunClients([&](uint32_t rank, FakeClient& client) {
     std::vector<double> norms;
     Workload workload = DefaultWorkload();
@@ -301,7 +308,7 @@ TEST(Step, UnusedParametersAreUpdatedWhereTheConfigSaysSo) {
 
 TEST(PutAndRead, GiveBackWhatWasGivenAndRoundCopies) {
   ClusterOptions options = Small(1);
-  options.config = ConfigText(2, true);
+  options.config = ConfigText(2, kBf16);
   options.model = SmallModel(core::DType::kBFloat16, 2, 30);
   Cluster cluster(options);
   cluster.RunClients([&](uint32_t, FakeClient& client) {

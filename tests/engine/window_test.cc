@@ -17,7 +17,7 @@ using core::UnitIndex;
 ClusterOptions SmallWindow(uint32_t clients, const std::string& zerod_keys = "") {
   ClusterOptions options;
   options.local_world = clients;
-  options.config = ConfigText(3, false,
+  options.config = ConfigText(3, core::DType::kFloat32,
                               "\"stage3_param_persistence_threshold\": 2000, "
                               "\"stage3_max_live_parameters\": 80000, "
                               "\"stage3_prefetch_bucket_size\": 0",
@@ -109,7 +109,7 @@ TEST(Window, HeldCopiesSurviveTheOtherRanksAppetite) {
 TEST(Window, TooSmallForTheLargestUnitIsRefusedWithTheOneThatWorks) {
   ClusterOptions options = SmallWindow(1);
   const absl::StatusOr<Config> config = Config::Parse(
-      ConfigText(3, false,
+      ConfigText(3, core::DType::kFloat32,
                  "\"stage3_param_persistence_threshold\": 100, "
                  "\"stage3_max_live_parameters\": 2000"),
       1);
@@ -139,7 +139,7 @@ class NoMemory : public arena::MemorySource {
 TEST(Window, MemoryThatIsNotThereIsRefusedWithTheNumbers) {
   JobRequest request;
   request.id = "job";
-  request.config = *Config::Parse(ConfigText(0, false), 1);
+  request.config = *Config::Parse(ConfigText(0, core::DType::kFloat32), 1);
   request.layout = std::make_shared<const core::Layout>(
       *core::Layout::Build(SmallModel(core::DType::kFloat32, 4, 130), {}));
   FakeMetrics metrics;

@@ -52,7 +52,7 @@ struct Guarded {
       if constexpr (sizeof(T) == 4) {
         data[i] = values[i];
       } else {
-        data[i] = static_cast<T>(Bits(values[i]) >> 16);
+        data[i] = T{static_cast<uint16_t>(Bits(values[i]) >> 16)};
       }
     }
   }
@@ -73,27 +73,34 @@ inline void ExpectSame(const std::vector<float>& actual, const std::vector<float
   }
 }
 
+inline uint16_t Word(bfloat16 x) { return x; }
+inline uint16_t Word(float16 x) { return x.bits; }
+inline bool IsNan(bfloat16 x) { return (x & 0x7fff) > 0x7f80; }
+inline bool IsNan(float16 x) { return (x.bits & 0x7fff) > 0x7c00; }
+
 // Equal 16-bit values; two NaNs are equal.
-inline void ExpectSameBf16(const std::vector<uint16_t>& actual,
-                           const std::vector<uint16_t>& expected, const char* what) {
+template <class T>
+void ExpectSame16(const std::vector<T>& actual, const std::vector<T>& expected, const char* what) {
   ASSERT_EQ(actual.size(), expected.size());
   for (size_t i = 0; i < actual.size(); ++i) {
-    if ((actual[i] & 0x7fff) > 0x7f80 && (expected[i] & 0x7fff) > 0x7f80) continue;
-    ASSERT_EQ(actual[i], expected[i]) << what << " at " << i;
+    if (IsNan(actual[i]) && IsNan(expected[i])) continue;
+    ASSERT_EQ(Word(actual[i]), Word(expected[i])) << what << " at " << i;
   }
 }
 
-// `count` gradients, each at an alignment of its own.
-struct Gradients {
-  Gradients(size_t count, size_t n, bool special) {
+// `count` sources of elements, each at an alignment of its own.
+template <class T>
+struct SourcesOf {
+  SourcesOf(size_t count, size_t n, bool special) {
     for (size_t k = 0; k < count; ++k) {
       arrays.emplace_back(n, k % 5, static_cast<uint32_t>(1000 + k), special);
     }
     for (auto& array : arrays) pointers.push_back(array.ptr());
   }
-  std::vector<Guarded<float>> arrays;
-  std::vector<const float*> pointers;
+  std::vector<Guarded<T>> arrays;
+  std::vector<const T*> pointers;
 };
+using Gradients = SourcesOf<float>;
 
 // One test per target; skipped where the CPU has none such.
 class TargetTest : public testing::TestWithParam<const char*> {

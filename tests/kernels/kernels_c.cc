@@ -3,6 +3,16 @@
 // The optimizer with C names, for Python's ctypes: tests and benchmarks beside torch.
 #include "kernels/cpu/optimizers.h"
 
+namespace {
+
+// `copy` may be null. It is float16 where `fp16`, else bfloat16.
+zerod::kernels::Copy CopyOf(void* copy, bool fp16) {
+  if (fp16) return static_cast<zerod::kernels::float16*>(copy);
+  return static_cast<zerod::kernels::bfloat16*>(copy);
+}
+
+}  // namespace
+
 extern "C" {
 
 const char* zerod_kernels_target() { return zerod::kernels::TargetName(); }
@@ -19,10 +29,11 @@ struct AdamWOptions {
 };
 
 void zerod_kernels_adamw(const AdamWOptions* o, uint64_t t, const float* const* grads,
-                         size_t count, float* p, float* m, float* v, uint16_t* copy, size_t n) {
+                         size_t count, float* p, float* m, float* v, void* copy, bool fp16,
+                         size_t n) {
   const zerod::kernels::AdamWScalars s = zerod::kernels::MakeAdamWScalars(
       o->lr, o->beta1, o->beta2, o->eps, o->weight_decay, t, o->grad_scale);
-  zerod::kernels::AdamW(s, grads, count, p, m, v, copy, n);
+  zerod::kernels::AdamW(s, grads, count, p, m, v, CopyOf(copy, fp16), n);
 }
 
 void zerod_kernels_adamw_split(const AdamWOptions* o, uint64_t t, const float* const* grads,
@@ -34,36 +45,37 @@ void zerod_kernels_adamw_split(const AdamWOptions* o, uint64_t t, const float* c
 }
 
 void zerod_kernels_adam(const AdamWOptions* o, uint64_t t, const float* const* grads, size_t count,
-                        float* p, float* m, float* v, uint16_t* copy, size_t n) {
+                        float* p, float* m, float* v, void* copy, bool fp16, size_t n) {
   const zerod::kernels::AdamWScalars s =
       zerod::kernels::MakeAdamWScalars(o->lr, o->beta1, o->beta2, o->eps, o->weight_decay, t,
                                        o->grad_scale, /*decoupled=*/false);
-  zerod::kernels::AdamW(s, grads, count, p, m, v, copy, n);
+  zerod::kernels::AdamW(s, grads, count, p, m, v, CopyOf(copy, fp16), n);
 }
 
 void zerod_kernels_lion(double lr, double beta1, double beta2, double weight_decay,
                         double grad_scale, const float* const* grads, size_t count, float* p,
-                        float* m, uint16_t* copy, size_t n) {
+                        float* m, void* copy, bool fp16, size_t n) {
   zerod::kernels::Lion(
       zerod::kernels::MakeLionScalars(lr, beta1, beta2, weight_decay, grad_scale), grads, count, p,
-      m, copy, n);
+      m, CopyOf(copy, fp16), n);
 }
 
 void zerod_kernels_adagrad(double lr, double lr_decay, double eps, double weight_decay, uint64_t t,
                            double grad_scale, const float* const* grads, size_t count, float* p,
-                           float* sum, uint16_t* copy, size_t n) {
+                           float* sum, void* copy, bool fp16, size_t n) {
   zerod::kernels::Adagrad(
       zerod::kernels::MakeAdagradScalars(lr, lr_decay, eps, weight_decay, t, grad_scale), grads,
-      count, p, sum, copy, n);
+      count, p, sum, CopyOf(copy, fp16), n);
 }
 
 // No momentum: `b` is null.
 void zerod_kernels_sgd(double lr, double momentum, double dampening, double weight_decay,
                        bool nesterov, uint64_t t, double grad_scale, const float* const* grads,
-                       size_t count, float* p, float* b, uint16_t* copy, size_t n) {
+                       size_t count, float* p, float* b, void* copy, bool fp16,
+                       size_t n) {
   zerod::kernels::Sgd(zerod::kernels::MakeSgdScalars(lr, momentum, dampening, weight_decay,
                                                      nesterov, t, grad_scale),
-                      grads, count, p, b, copy, n);
+                      grads, count, p, b, CopyOf(copy, fp16), n);
 }
 
 }  // extern "C"

@@ -32,8 +32,9 @@ TEST_P(OptimizersTest, AdamWMatchesReference) {
         Gradients grads(count, n, special);
         Guarded<float> p(n, shift, 21, special), m(n, shift / 2, 22, special), v(n, 2, 23);
         for (float& x : v.data) x = std::fabs(x);
-        Guarded<uint16_t> copy(n, shift, 24);
-        auto p2 = p, m2 = m, v2 = v, p3 = p, m3 = m, v3 = v;
+        Guarded<bfloat16> copy(n, shift, 24);
+        Guarded<float16> fp16(n, shift, 25), fp16_expected = fp16;
+        auto p2 = p, m2 = m, v2 = v, p3 = p, m3 = m, v3 = v, p4 = p, m4 = m, v4 = v;
         auto copy2 = copy;
         AdamW(s, grads.pointers.data(), count, p.ptr(), m.ptr(), v.ptr(), copy.ptr(), n);
         reference::AdamW(s, grads.pointers.data(), count, p2.ptr(), m2.ptr(), v2.ptr(),
@@ -41,11 +42,17 @@ TEST_P(OptimizersTest, AdamWMatchesReference) {
         ExpectSame(p.data, p2.data, "p");
         ExpectSame(m.data, m2.data, "m");
         ExpectSame(v.data, v2.data, "v");
-        ExpectSameBf16(copy.data, copy2.data, "copy");
+        ExpectSame16(copy.data, copy2.data, "copy");
         AdamW(s, grads.pointers.data(), count, p3.ptr(), m3.ptr(), v3.ptr(), nullptr, n);
         ExpectSame(p3.data, p2.data, "p without copy");
         ExpectSame(m3.data, m2.data, "m without copy");
         ExpectSame(v3.data, v2.data, "v without copy");
+        AdamW(s, grads.pointers.data(), count, p4.ptr(), m4.ptr(), v4.ptr(), fp16.ptr(), n);
+        reference::CastTo(p2.ptr(), fp16_expected.ptr(), n);
+        ExpectSame(p4.data, p2.data, "p with a float16 copy");
+        ExpectSame(m4.data, m2.data, "m with a float16 copy");
+        ExpectSame(v4.data, v2.data, "v with a float16 copy");
+        ExpectSame16(fp16.data, fp16_expected.data, "float16 copy");
       }
     }
   }
@@ -91,7 +98,7 @@ TEST_P(OptimizersTest, AdamWSplitFollowsAdamW) {
         for (float& x : v3.data) x = std::fabs(x);
         reference::AdamWSplit(s, grads.pointers.data(), count, copy2.ptr(), remainder2.ptr(),
                               m3.ptr(), v3.ptr(), n);
-        ExpectSameBf16(copy.data, copy2.data, "copy");
+        ExpectSame16(copy.data, copy2.data, "copy");
         for (size_t i = 0; i < n; ++i) {
           if (std::isnan(p.ptr()[i])) continue;
           ASSERT_EQ(remainder.ptr()[i], remainder2.ptr()[i]) << i;
@@ -107,7 +114,7 @@ TEST_P(OptimizersTest, AdamWSplitFollowsAdamW) {
 
 // An optimizer with one state, or none where `state` is null, and its reference.
 using Step = std::function<void(const float* const* grads, size_t count, float* p, float* state,
-                                bfloat16* copy, size_t n)>;
+                                Copy copy, size_t n)>;
 
 void ExpectMatches(const Step& step, const Step& expected, bool has_state) {
   for (size_t n : kSizes) {
@@ -117,31 +124,34 @@ void ExpectMatches(const Step& step, const Step& expected, bool has_state) {
         Gradients grads(count, n, special);
         Guarded<float> p(n, shift, 41, special), state(n, shift / 2, 42);
         for (float& x : state.data) x = std::fabs(x);
-        Guarded<uint16_t> copy(n, shift, 43);
-        auto p2 = p, state2 = state, p3 = p, state3 = state;
+        Guarded<bfloat16> copy(n, shift, 43);
+        Guarded<float16> fp16(n, shift, 44), fp16_expected = fp16;
+        auto p2 = p, state2 = state, p3 = p, state3 = state, p4 = p, state4 = state;
         auto copy2 = copy;
         const auto of = [&](Guarded<float>& s) { return has_state ? s.ptr() : nullptr; };
         step(grads.pointers.data(), count, p.ptr(), of(state), copy.ptr(), n);
         expected(grads.pointers.data(), count, p2.ptr(), of(state2), copy2.ptr(), n);
         ExpectSame(p.data, p2.data, "p");
         ExpectSame(state.data, state2.data, "state");
-        ExpectSameBf16(copy.data, copy2.data, "copy");
+        ExpectSame16(copy.data, copy2.data, "copy");
         step(grads.pointers.data(), count, p3.ptr(), of(state3), nullptr, n);
         ExpectSame(p3.data, p2.data, "p without copy");
         ExpectSame(state3.data, state2.data, "state without copy");
+        step(grads.pointers.data(), count, p4.ptr(), of(state4), fp16.ptr(), n);
+        reference::CastTo(p2.ptr(), fp16_expected.ptr(), n);
+        ExpectSame(p4.data, p2.data, "p with a float16 copy");
+        ExpectSame(state4.data, state2.data, "state with a float16 copy");
+        ExpectSame16(fp16.data, fp16_expected.data, "float16 copy");
       }
     }
   }
 }
 
 template <class Scalars>
-Step Of(void (*function)(const Scalars&, const float* const*, size_t, float*, float*, bfloat16*,
-                         size_t),
+Step Of(void (*function)(const Scalars&, const float* const*, size_t, float*, float*, Copy, size_t),
         const Scalars& s) {
-  return [function, s](const float* const* grads, size_t count, float* p, float* state,
-                       bfloat16* copy, size_t n) {
-    function(s, grads, count, p, state, copy, n);
-  };
+  return [function, s](const float* const* grads, size_t count, float* p, float* state, Copy copy,
+                       size_t n) { function(s, grads, count, p, state, copy, n); };
 }
 
 TEST_P(OptimizersTest, AdamWithL2MatchesReference) {

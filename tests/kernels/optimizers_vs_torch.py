@@ -59,15 +59,16 @@ class Lion(torch.optim.Optimizer):
 
 
 def run(library, make, ours, states, count, lr, exact=(), beginning=0.0, gain=None):
-    """`ours(library, step, scale, grads, count, p, *states, copy, n)`. A step moves a parameter by
-    `lr` at most, or with `gain` by lr * gain * |gradient|. Returns the largest difference of a
-    parameter, as a multiple of what is allowed."""
+    """`ours(library, step, scale, grads, count, p, *states, copy, fp16, n)`. A step moves a
+    parameter by `lr` at most, or with `gain` by lr * gain * |gradient|. Returns the largest
+    difference of a parameter, as a multiple of what is allowed."""
     generator = torch.Generator().manual_seed(count)
     theirs = torch.nn.Parameter(torch.randn(SIZE, generator=generator))
     optimizer = make([theirs])
     p = theirs.detach().clone()
     arrays = {name: torch.full((SIZE,), beginning) for name in states}
-    copy = torch.zeros(SIZE, dtype=torch.bfloat16)
+    fp16 = count % 2 == 0
+    copy = torch.zeros(SIZE, dtype=torch.float16 if fp16 else torch.bfloat16)
     scale = 1.0 / (4 * count)
     moved = torch.zeros(SIZE)
     worst = 0.0
@@ -82,13 +83,13 @@ def run(library, make, ours, states, count, lr, exact=(), beginning=0.0, gain=No
         optimizer.step()
         pointers = (c_void_p * count)(*(g.data_ptr() for g in grads))
         ours(library, step, scale, pointers, c_size_t(count), address(p),
-             *(address(a) for a in arrays.values()), address(copy), c_size_t(SIZE))
+             *(address(a) for a in arrays.values()), address(copy), c_bool(fp16), c_size_t(SIZE))
 
         if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
             for name in exact:
                 assert torch.equal(arrays[name], optimizer.state[theirs][name]), \
                     f"step {step}: {name} differs"
-        assert torch.equal(copy, p.to(torch.bfloat16)), f"step {step}: 16-bit copy differs"
+        assert torch.equal(copy, p.to(copy.dtype)), f"step {step}: 16-bit copy differs"
         # Relative to the parameter or to the steps that moved it, whichever is larger: a parameter
         # near zero has the rounding errors of the updates that brought it there.
         allowed = RTOL * (theirs.detach().abs() + moved)
@@ -100,9 +101,9 @@ def adam(decoupled, lr, betas, eps, weight_decay):
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
     name = "zerod_kernels_adamw" if decoupled else "zerod_kernels_adam"
 
-    def ours(library, step, scale, grads, count, p, m, v, copy, n):
+    def ours(library, step, scale, grads, count, p, m, v, *copy):
         options = Options(lr, *betas, eps, weight_decay, scale)
-        getattr(library, name)(byref(options), c_uint64(step), grads, count, p, m, v, copy, n)
+        getattr(library, name)(byref(options), c_uint64(step), grads, count, p, m, v, *copy)
 
     moments = ("exp_avg", "exp_avg_sq")
     return dict(
@@ -112,20 +113,20 @@ def adam(decoupled, lr, betas, eps, weight_decay):
 
 
 def lion(lr, betas, weight_decay):
-    def ours(library, step, scale, grads, count, p, m, copy, n):
+    def ours(library, step, scale, grads, count, p, m, *copy):
         library.zerod_kernels_lion(c_double(lr), c_double(betas[0]), c_double(betas[1]),
                                    c_double(weight_decay), c_double(scale), grads, count, p, m,
-                                   copy, n)
+                                   *copy)
 
     return dict(make=lambda params: Lion(params, lr, betas, weight_decay), ours=ours,
                 states=("exp_avg",), lr=lr, exact=("exp_avg",))
 
 
 def adagrad(lr, lr_decay, weight_decay, beginning):
-    def ours(library, step, scale, grads, count, p, total, copy, n):
+    def ours(library, step, scale, grads, count, p, total, *copy):
         library.zerod_kernels_adagrad(c_double(lr), c_double(lr_decay), c_double(1e-10),
                                       c_double(weight_decay), c_uint64(step), c_double(scale),
-                                      grads, count, p, total, copy, n)
+                                      grads, count, p, total, *copy)
 
     return dict(
         make=lambda params: torch.optim.Adagrad(
@@ -136,10 +137,10 @@ def adagrad(lr, lr_decay, weight_decay, beginning):
 
 def sgd(lr, momentum, dampening, weight_decay, nesterov):
     def ours(library, step, scale, grads, count, p, *rest):
-        b, copy, n = rest if momentum else (None, *rest)
+        b, *copy = rest if momentum else (None, *rest)
         library.zerod_kernels_sgd(c_double(lr), c_double(momentum), c_double(dampening),
                                   c_double(weight_decay), c_bool(nesterov), c_uint64(step),
-                                  c_double(scale), grads, count, p, b, copy, n)
+                                  c_double(scale), grads, count, p, b, *copy)
 
     return dict(
         make=lambda params: torch.optim.SGD(

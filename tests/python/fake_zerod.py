@@ -50,8 +50,9 @@ class ParameterInfo:
 
 
 class Group(types.SimpleNamespace):
-    def __init__(self, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0):
-        super().__init__(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+    def __init__(self, lr, **values):
+        defaults = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+        super().__init__(lr=lr, **(defaults | values))
 
 
 MONITOR = {"enabled": False, "output_path": "", "job_name": "DeepSpeedJobName"}
@@ -59,7 +60,10 @@ DEFAULTS = {
     "train_micro_batch_size_per_gpu": None,
     "gradient_accumulation_steps": 1,
     "gradient_clipping": 0.0,
+    "managed_gradient_accumulation": True,
     "bf16": {"enabled": False},
+    "fp16": {"enabled": False, "auto_cast": False, "loss_scale": 0},
+    "torch_autocast": {"enabled": False},
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     "optimizer": None,
     "scheduler": None,
@@ -99,7 +103,8 @@ def parse_config(text, world, *, deepspeed_file=False, hidden_sizes=None, values
     micro = config["train_micro_batch_size_per_gpu"]
     config["train_batch_size"] = micro * world * config["gradient_accumulation_steps"]
     if config["optimizer"]:
-        params = {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01}
+        params = {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01,
+                  "adam_w_mode": True, "bias_correction": True}
         config["optimizer"]["params"] = params | config["optimizer"].get("params", {})
     if config["scheduler"]:
         config["scheduler"].setdefault("params", {})
@@ -145,6 +150,7 @@ def assign_units(modules, parameters):
 
 
 class Client:
+    loss_scale = 1.0
     jobs = {}  # job -> (committed step, whether it was skipped, state), kept by close()
 
     @staticmethod
@@ -288,7 +294,7 @@ class Client:
         self.step_number += 1
         self._begin_step()
         self._refresh()
-        return types.SimpleNamespace(skipped=skipped, grad_norm=norm)
+        return types.SimpleNamespace(skipped=skipped, grad_norm=norm, loss_scale=1.0)
 
     def _update(self, index, group):
         view = self.parameters[index]

@@ -326,3 +326,64 @@ def initialized(config: dict, hidden_size: int = 4) -> dict:
     engine.backward(engine(torch.ones(2, hidden_size)).sum())
     engine.step()
     return {"engine": engine.config, "daemon": json.loads(engine.client.resolved_config)}
+
+
+def train_small(config: dict, steps: int, optimizer: tuple | None = None,
+                bad_steps: list[int] | None = None, scheduler: tuple | None = None) -> dict:
+    """Trains a small model in float32 data, every rank on its own rows. At `bad_steps` (from 1) the
+    last rank's loss is infinite."""
+    import zerod
+
+    rank, world = rank_and_world()
+    torch.manual_seed(5)
+    model = small_model()
+    built = getattr(torch.optim, optimizer[0])(groups_of(model), **optimizer[1]) if optimizer else None
+    lr_scheduler = getattr(torch.optim.lr_scheduler, scheduler[0]) if scheduler else None
+    engine, built, _, _ = zerod.initialize(
+        model=model, optimizer=built, model_parameters=None if optimizer else groups_of(model),
+        lr_scheduler=(lambda o: lr_scheduler(o, **scheduler[1])) if scheduler else None,
+        config=config,
+    )
+    dtype = next(engine.module.parameters()).dtype
+    result: dict = {"losses": [], "norms": [], "scales": [], "skipped": [], "rates": [],
+                    "overflow": []}
+    for step in range(1, steps + 1):
+        for micro in range(engine.gradient_accumulation_steps()):
+            x, y = small_batch(step, micro, rank)
+            loss = (engine(x.to(dtype)).float() - y).square().mean()
+            if rank == world - 1 and step in (bad_steps or []):
+                loss = loss * float("inf")
+            result["losses"].append(loss.item())
+            result["scales"].append(built.loss_scale)
+            result["rates"].append(engine.get_lr()[0])
+            engine.backward(loss)
+            engine.step()
+        result["norms"].append(engine.get_global_grad_norm())
+        result["skipped"].append(engine.skipped_steps)
+        result["overflow"].append(built.overflow)
+    result["state"] = engine.state_dict(master=True)
+    result["global_steps"] = engine.global_steps
+    engine.destroy()
+    return result
+
+
+def small_model() -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 32), torch.nn.LayerNorm(32),
+        torch.nn.Linear(32, 4),
+    )
+
+
+def groups_of(model: torch.nn.Module) -> list[dict]:
+    """Two, with weight decay of their own."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() > 1]},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def small_batch(step: int, micro: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
+    x = torch.randn(8, 16, generator=generator)
+    return x, x[:, :4].sin()

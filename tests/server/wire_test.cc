@@ -18,7 +18,8 @@ core::HyperParameters SomeHyper() {
   hyper.max_norm = 1.5;
   hyper.loss_scale = 1024;
   hyper.want_norm = true;
-  hyper.groups = {{1e-3, 0.9, 0.999, 1e-8, 0.01}, {2e-3, 0.8, 0.99, 1e-6, 0}};
+  hyper.groups = {{1e-3, 0.9, 0.999, 1e-8, 0.01},
+                  {2e-3, 0.8, 0.99, 1e-6, 0, 0.7, 0.1, 0.2, 0.3, false, false, true}};
   return hyper;
 }
 
@@ -32,6 +33,9 @@ void ExpectSomeHyper(const core::HyperParameters& hyper) {
   EXPECT_EQ(hyper.groups[1].beta2, 0.99);
   EXPECT_EQ(hyper.groups[1].eps, 1e-6);
   EXPECT_EQ(hyper.groups[0].weight_decay, 0.01);
+  EXPECT_TRUE(hyper.groups[0].decoupled && hyper.groups[0].bias_correction);
+  const core::Group rest{2e-3, 0.8, 0.99, 1e-6, 0, 0.7, 0.1, 0.2, 0.3, false, false, true};
+  EXPECT_TRUE(hyper.groups[1] == rest);
 }
 
 core::Message FullReport() {
@@ -84,6 +88,7 @@ core::Message FullAppend() {
       e.decision.kind = core::Decision::Kind::kSkip;
       e.decision.grad_norm = 2.5;
       e.decision.grad_scale = 0.125;
+      e.decision.next_loss_scale = 4096;
       e.decision.hyper = SomeHyper();
       e.decision.touched = std::vector<bool>(65, true);
       e.decision.reason = "nonfinite";
@@ -138,6 +143,7 @@ TEST(Wire, FieldsArrive) {
     if (e.kind != core::EntryKind::kCommit) continue;
     EXPECT_EQ(e.decision.kind, core::Decision::Kind::kSkip);
     EXPECT_EQ(e.decision.grad_scale, 0.125);
+    EXPECT_EQ(e.decision.next_loss_scale, 4096);
     EXPECT_EQ(e.decision.touched.size(), 65u);
     ExpectSomeHyper(e.decision.hyper);
   }

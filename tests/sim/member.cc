@@ -172,7 +172,9 @@ void Member::Do(core::Complete& a) {
   if (a.step.has_value() && a.status.ok()) {
     CheckWeights(job_->committed(), true);
     const Truth::Outcome& outcome = world_->truth().outcome(job_->committed());
-    if (a.step->skipped != outcome.skip) Violate("a client is told the wrong outcome");
+    if (a.step->skipped != outcome.skip || a.step->next_loss_scale != outcome.next_loss_scale) {
+      Violate("a client is told the wrong outcome");
+    }
   }
   slots_[a.slot]->Deliver(a);
 }
@@ -385,7 +387,7 @@ void Member::CheckPlan(const core::ApplyPlan& plan) const {
     Violate(absl::StrCat("step ", plan.step, ": the norm is ", norm, " and ought to be ",
                          outcome.grad_norm));
   }
-  double scale = 1.0 / s_.world();
+  double scale = 1.0 / (s_.world() * outcome.loss_scale);
   if (s_.max_norm > 0) scale *= std::min(1.0, s_.max_norm / (outcome.grad_norm + 1e-6));
   if (std::fabs(plan.decision.grad_scale - scale) > 1e-9 * scale ||
       plan.decision.hyper.groups[0].lr != static_cast<double>(plan.step)) {

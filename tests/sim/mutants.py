@@ -55,6 +55,14 @@ MUTANTS = [
      "if (receiving_.erase(e.seq) != 0 && e.seq % 16 != 15) PublishCopy(e.unit, e.step);"),
     ("node_sum_in_arrival_order", "job_gradients.cc",
      "    if (!before) return false;\n", "    if (!before && spec_.node_sum) continue;\n"),
+    ("scale_stays_after_overflow", "sequencer.cc",
+     "loss_scaler_->Update(decision->kind == Decision::Kind::kSkip)",
+     "loss_scaler_->Update(false)"),
+    ("forget_the_scale", "job_log.cc",
+     "  step_result_ = {d.grad_norm, d.kind == Decision::Kind::kSkip, d.next_loss_scale};\n",
+     "  const double scale = step_result_.next_loss_scale;\n"
+     "  step_result_ = {d.grad_norm, d.kind == Decision::Kind::kSkip,\n"
+     "                  d.kind == Decision::Kind::kApply ? d.next_loss_scale : scale};\n"),
     ("norm_without_reduces", "job_log.cc",
      "    case EntryKind::kNorm:\n      return running_.empty();",
      "    case EntryKind::kNorm:\n      return true;"),

@@ -55,6 +55,7 @@ void Process::TryAttach() {
   attached_ = true;
   generation_ = m.job().generation();
   step_ = m.job().committed() + 1;
+  loss_scale_ = m.job().last_step().next_loss_scale;
   m.slots()[slot_] = shared_from_this();
   m.Drain();
   world_->Happens(Moment::kAttach);
@@ -508,7 +509,9 @@ void Process::SendStep() {
   step_sent_ = true;
   waiting_ = true;
   world_->Happens(Moment::kStepSent);
-  Post({OpKind::kStep}, [slot = slot_, step = step_, hyper = Hyper(s_, rank_, step_, attempt_),
+  core::HyperParameters hyper = Hyper(s_, rank_, step_, attempt_);
+  hyper.loss_scale = loss_scale_;
+  Post({OpKind::kStep}, [slot = slot_, step = step_, hyper,
                          trace = std::exchange(trace_, {})](core::Job& job, uint64_t cookie) {
     job.OnStep(slot, cookie, step, hyper, trace);
   });
@@ -531,6 +534,7 @@ void Process::OnStepAnswer(const core::Complete& complete) {
   if (!complete.step.has_value()) Violate("STEP is answered without a result");
   if (overrun_) Violate("a step completes though ranks have left");
   world_->Trace("rank ", rank_, " has finished step ", step_);
+  loss_scale_ = complete.step->next_loss_scale;
   EndStep();
   ++step_;
   attempt_ = 0;

@@ -132,6 +132,7 @@ class Process : public std::enable_shared_from_this<Process> {
   bool overrun_ = false;   // past the job's last step
   uint64_t generation_ = 0;
   Step step_ = 0;
+  double loss_scale_ = 1;  // of step_
   bool step_sent_ = false;
   uint32_t attempt_ = 0;
   std::vector<Op> program_;

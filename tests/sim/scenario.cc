@@ -148,6 +148,13 @@ Scenario Scenario::FromSeed(uint64_t seed) {
     }
   }
   RandomFaults(&s, &random);
+  if (spec.skip_nonfinite && random.Percent(60)) {
+    core::LossScaleSpec& scale = spec.loss_scale.emplace();
+    scale.initial_scale = 4;
+    scale.window = random.Between(1, 2);
+    scale.hysteresis = random.Between(1, 2);
+    scale.fails_at_min = false;
+  }
   return s;
 }
 
@@ -164,7 +171,8 @@ std::string Scenario::Text() const {
       spec.window.base_chunks, "..", spec.window.max_chunks, " of ", layout().chunks(),
       " chunks, prefetch ", spec.prefetch_elements, ", ", steps, " steps");
   const std::pair<bool, const char*> flags[] = {
-      {spec.skip_nonfinite, "skip_nonfinite"}, {spec.untouched_as_zero, "untouched_as_zero"},
+      {spec.skip_nonfinite, "skip_nonfinite"},
+      {spec.loss_scale.has_value(), "loss scale"}, {spec.untouched_as_zero, "untouched_as_zero"},
       {divergent, "divergent"}, {unequal, "unequal"}, {late, "late"}, {pieces, "pieces"},
       {collectives, "collectives"}, {barriers, "barriers"}, {evaluation, "evaluation"},
       {puts, "puts"}, {nonfinite, "nonfinite"}, {refuse, "refuse"}, {stall, "stall"},

@@ -14,6 +14,7 @@ Truth::Truth(const Scenario* scenario) : s_(*scenario) {
   Weights& zeros = after_[0];
   for (const std::vector<Cell>& cells : s_.cells) zeros.emplace_back(cells.size(), 0);
   parameter_steps_.assign(s_.layout().parameters().size(), 0);
+  if (s_.spec.loss_scale.has_value()) loss_scaler_.emplace(*s_.spec.loss_scale);
   PrepareBefore(1);
 }
 
@@ -126,8 +127,14 @@ void Truth::Commit(Step step, const std::vector<std::shared_ptr<Process>>& proce
       if (c.trainable) squares += Square(gradients[c.parameter]);
     }
   }
-  outcome.grad_norm = std::sqrt(squares) / static_cast<double>(s_.world());
   outcome.skip = nonfinite && s_.spec.skip_nonfinite;
+  if (loss_scaler_.has_value()) {
+    outcome.loss_scale = loss_scaler_->scale();
+    if (!loss_scaler_->Update(outcome.skip).ok()) Violate("a scale that never fails did");
+    outcome.next_loss_scale = loss_scaler_->scale();
+  }
+  outcome.grad_norm =
+      std::sqrt(squares) / (static_cast<double>(s_.world()) * outcome.loss_scale);
   for (UnitIndex u = 0; u < s_.cells.size() && !outcome.skip; ++u) {
     for (size_t c = 0; c < s_.cells[u].size(); ++c) {
       const Cell& cell = s_.cells[u][c];

@@ -8,12 +8,14 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <queue>
 #include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "daemon/core/loss_scaler.h"
 #include "tests/sim/scenario.h"
 
 namespace zerod::sim {
@@ -33,7 +35,9 @@ class Truth {
   using Weights = std::vector<std::vector<uint64_t>>;  // [unit][cell]
   struct Outcome {
     bool skip = false;
-    double grad_norm = 0;
+    double grad_norm = 0;   // of gradients that were divided by their scale
+    double loss_scale = 1;  // what this step's gradients came with
+    double next_loss_scale = 1;
     std::vector<bool> touched;
     std::vector<uint64_t> parameter_steps;
   };
@@ -56,6 +60,7 @@ class Truth {
   const Scenario& s_;
   Step committed_ = 0;
   std::vector<uint64_t> parameter_steps_;
+  std::optional<core::LossScaler> loss_scaler_;
   std::map<Step, Weights> before_;
   std::map<Step, Weights> after_;
   std::map<Step, Outcome> outcomes_;

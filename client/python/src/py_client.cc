@@ -31,8 +31,20 @@ constexpr uint64_t kKeepGilElements = 16 * 1024;
 DType ParseDType(const std::string& name) {
   if (name == "float32") return DType::kFloat32;
   if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float16") return DType::kFloat16;
   Raise(absl::InvalidArgumentError("the data type is \"" + name +
-                                   "\"; it must be \"float32\" or \"bfloat16\""));
+                                   "\"; it must be \"float32\", \"bfloat16\" or \"float16\""));
+}
+
+client::OptimizerKind ParseOptimizer(const std::string& name) {
+  if (name == "adam") return client::OptimizerKind::kAdam;
+  if (name == "lion") return client::OptimizerKind::kLion;
+  if (name == "adagrad") return client::OptimizerKind::kAdagrad;
+  if (name == "sgd") return client::OptimizerKind::kSgd;
+  if (name == "sgd_momentum") return client::OptimizerKind::kSgdMomentum;
+  Raise(absl::InvalidArgumentError(
+      "the optimizer is \"" + name +
+      "\"; it must be \"adam\", \"lion\", \"adagrad\", \"sgd\" or \"sgd_momentum\""));
 }
 
 client::StateKind ParseKind(const std::string& name) {
@@ -165,9 +177,9 @@ class PyClient {
     // The tensor keeps the address range, not the attachment.
     const nb::object owner = nb::cast(Memory{client->memory()});
     nb::dlpack::dtype dtype;
-    dtype.code = static_cast<uint8_t>(client->dtype() == DType::kFloat32
-                                          ? nb::dlpack::dtype_code::Float
-                                          : nb::dlpack::dtype_code::Bfloat);
+    dtype.code = static_cast<uint8_t>(client->dtype() == DType::kBFloat16
+                                          ? nb::dlpack::dtype_code::Bfloat
+                                          : nb::dlpack::dtype_code::Float);
     dtype.bits = client->dtype() == DType::kFloat32 ? 32 : 16;
     dtype.lanes = 1;
     // Not marked read-only: PyTorch has no such tensors and would only warn. The pages are.
@@ -185,7 +197,8 @@ class PyClient {
 
 std::unique_ptr<PyClient> Attach(std::vector<client::ModuleInfo> modules,
                                  std::vector<client::ParameterInfo> parameters,
-                                 std::string config, const std::string& dtype,
+                                 const std::vector<std::string>& groups, std::string config,
+                                 const std::string& dtype,
                                  std::string address, bool embedded, std::string job,
                                  uint32_t attempt, uint32_t rank, uint32_t world,
                                  uint32_t local_rank, uint32_t local_world, uint32_t node_rank,
@@ -194,6 +207,7 @@ std::unique_ptr<PyClient> Attach(std::vector<client::ModuleInfo> modules,
   AttachOptions options;
   options.modules = std::move(modules);
   options.parameters = std::move(parameters);
+  for (const std::string& group : groups) options.groups.push_back(ParseOptimizer(group));
   options.config = std::move(config);
   options.dtype = ParseDType(dtype);
   options.address = std::move(address);
@@ -242,15 +256,30 @@ void DefineValues(nb::module_& m) {
       .def_rw("group", &client::ParameterInfo::group)
       .def_rw("modules", &client::ParameterInfo::modules);
   nb::class_<client::Group>(m, "Group")
-      .def(nb::new_([](double lr, double beta1, double beta2, double eps, double weight_decay) {
-             return client::Group{lr, beta1, beta2, eps, weight_decay};
+      .def(nb::new_([](double lr, double beta1, double beta2, double eps, double weight_decay,
+                       double momentum, double dampening, double lr_decay,
+                       double initial_accumulator_value, bool decoupled, bool bias_correction,
+                       bool nesterov) {
+             return client::Group{lr, beta1, beta2, eps, weight_decay, momentum, dampening,
+                                  lr_decay, initial_accumulator_value, decoupled,
+                                  bias_correction, nesterov};
            }),
-           "lr"_a, "beta1"_a = 0.9, "beta2"_a = 0.999, "eps"_a = 1e-8, "weight_decay"_a = 0.0)
+           "lr"_a, "beta1"_a = 0.9, "beta2"_a = 0.999, "eps"_a = 1e-8, "weight_decay"_a = 0.0,
+           "momentum"_a = 0.0, "dampening"_a = 0.0, "lr_decay"_a = 0.0,
+           "initial_accumulator_value"_a = 0.0, "decoupled"_a = true, "bias_correction"_a = true,
+           "nesterov"_a = false)
       .def_rw("lr", &client::Group::lr)
       .def_rw("beta1", &client::Group::beta1)
       .def_rw("beta2", &client::Group::beta2)
       .def_rw("eps", &client::Group::eps)
-      .def_rw("weight_decay", &client::Group::weight_decay);
+      .def_rw("weight_decay", &client::Group::weight_decay)
+      .def_rw("momentum", &client::Group::momentum)
+      .def_rw("dampening", &client::Group::dampening)
+      .def_rw("lr_decay", &client::Group::lr_decay)
+      .def_rw("initial_accumulator_value", &client::Group::initial_accumulator_value)
+      .def_rw("decoupled", &client::Group::decoupled)
+      .def_rw("bias_correction", &client::Group::bias_correction)
+      .def_rw("nesterov", &client::Group::nesterov);
   nb::class_<client::UnitView>(m, "UnitView")
       .def_ro("name", &client::UnitView::name)
       .def_ro("elements", &client::UnitView::elements)
@@ -265,7 +294,8 @@ void DefineValues(nb::module_& m) {
       });
   nb::class_<client::StepResult>(m, "StepResult")
       .def_ro("skipped", &client::StepResult::skipped)
-      .def_ro("grad_norm", &client::StepResult::grad_norm);
+      .def_ro("grad_norm", &client::StepResult::grad_norm)
+      .def_ro("loss_scale", &client::StepResult::loss_scale);
   nb::class_<client::ClientCounters>(m, "Counters")
       .def_ro("gathers", &client::ClientCounters::gathers)
       .def_ro("gather_hits", &client::ClientCounters::gather_hits)
@@ -282,11 +312,17 @@ void DefineProperties(nb::class_<PyClient>& c) {
       .def_prop_ro("parameters", &PyClient::parameters)
       .def_prop_ro("generation", [](const PyClient& p) { return p.Get()->generation(); })
       .def_prop_ro("resumed_step", [](const PyClient& p) { return p.Get()->resumed_step(); })
+      .def_prop_ro("resumed_skipped",
+                   [](const PyClient& p) { return p.Get()->resumed_skipped(); })
+      .def_prop_ro("loss_scale", [](const PyClient& p) { return p.Get()->loss_scale(); })
       .def_prop_ro("initialized", [](const PyClient& p) { return p.Get()->initialized(); })
       .def_prop_ro("members", [](const PyClient& p) { return p.Get()->members(); })
       .def_prop_ro("stage", [](const PyClient& p) { return p.Get()->stage(); })
       .def_prop_ro("dtype", [](const PyClient& p) -> std::string {
-        return p.Get()->dtype() == DType::kFloat32 ? "float32" : "bfloat16";
+        const DType dtype = p.Get()->dtype();
+        return dtype == DType::kFloat32    ? "float32"
+               : dtype == DType::kBFloat16 ? "bfloat16"
+                                           : "float16";
       })
       .def_prop_ro("resolved_config", [](const PyClient& p) { return p.Get()->resolved_config(); })
       .def_prop_ro("plan_text", [](const PyClient& p) { return p.Get()->plan_text(); })
@@ -310,8 +346,8 @@ void DefineClient(nb::module_& m) {
   DefineValues(m);
   nb::class_<PyClient> c(m, "Client");
   DefineProperties(c);
-  c.def_static("attach", &Attach, nb::kw_only(), "modules"_a, "parameters"_a, "config"_a = "{}",
-               "dtype"_a = "float32", "address"_a = "", "embedded"_a = true, "job"_a = "",
+  c.def_static("attach", &Attach, nb::kw_only(), "modules"_a, "parameters"_a,
+               "groups"_a = std::vector<std::string>(), "config"_a = "{}", "dtype"_a = "float32", "address"_a = "", "embedded"_a = true, "job"_a = "",
                "attempt"_a = 0, "rank"_a = 0, "world"_a = 1, "local_rank"_a = 0,
                "local_world"_a = 1, "node_rank"_a = 0, "peers"_a = std::vector<std::string>(),
                "job_token"_a = "", "attach_timeout_seconds"_a = 60.0,

@@ -30,11 +30,14 @@ from zerod.errors import (
 from zerod.gathered import GatheredParameters
 from zerod.initialization import initialize
 from zerod.loader import Loader
-from zerod.optimizer import AdamW
+from zerod.optimizer import SGD, Adagrad, Adam, AdamW, Lion
 from zerod.schedule import WarmupLR
 
 __all__ = [
+    "SGD",
     "Aborted",
+    "Adagrad",
+    "Adam",
     "AdamW",
     "AlreadyExists",
     "DeadlineExceeded",
@@ -43,6 +46,7 @@ __all__ = [
     "GatheredParameters",
     "Internal",
     "InvalidArgument",
+    "Lion",
     "Loader",
     "ModelError",
     "PermissionDenied",

@@ -102,6 +102,13 @@ class Group:
     beta2: float
     eps: float
     weight_decay: float
+    momentum: float
+    dampening: float
+    lr_decay: float
+    initial_accumulator_value: float
+    decoupled: bool
+    bias_correction: bool
+    nesterov: bool
     def __init__(
         self,
         lr: float,
@@ -109,6 +116,13 @@ class Group:
         beta2: float = 0.999,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        lr_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        decoupled: bool = True,
+        bias_correction: bool = True,
+        nesterov: bool = False,
     ) -> None: ...
 
 class UnitView:
@@ -139,6 +153,10 @@ class StepResult:
     @property
     def grad_norm(self) -> float:
         """NaN where it was not computed."""
+    @property
+    def loss_scale(self) -> float:
+        """Of the next step."""
+
 
 class Counters:
     @property
@@ -166,8 +184,9 @@ class Client:
         *,
         modules: Sequence[ModuleInfo],
         parameters: Sequence[ParameterInfo],
+        groups: Sequence[Literal["adam", "lion", "adagrad", "sgd", "sgd_momentum"]] = (),
         config: str = "{}",
-        dtype: Literal["float32", "bfloat16"] = "float32",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         address: str = "",
         embedded: bool = True,
         job: str = "",
@@ -194,6 +213,12 @@ class Client:
     @property
     def resumed_step(self) -> int: ...
     @property
+    def resumed_skipped(self) -> bool:
+        """That step was a skipped one."""
+    @property
+    def loss_scale(self) -> float:
+        """What the next step's loss is to be multiplied by: 1 but in fp16."""
+    @property
     def initialized(self) -> bool:
         """The weights are there already; else rank 0 must put() the initial ones."""
     @property
@@ -201,7 +226,7 @@ class Client:
     @property
     def stage(self) -> int: ...
     @property
-    def dtype(self) -> Literal["float32", "bfloat16"]: ...
+    def dtype(self) -> Literal["float32", "bfloat16", "float16"]: ...
     @property
     def resolved_config(self) -> str:
         """JSON."""
@@ -231,7 +256,12 @@ class Client:
     def release(self, unit: int) -> None: ...
     def release_all(self) -> None: ...
     def held(self, unit: int) -> bool: ...
-    def land(self, parameter: int, data_ptr: int, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
+    def land(
+        self,
+        parameter: int,
+        data_ptr: int,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    ) -> None:
         """Adds the contiguous gradient at `data_ptr` (all of the parameter's elements, in CPU
         memory). FailedPrecondition after the unit's last scatter: reclaim() first."""
     def scattered(self, unit: int) -> bool: ...

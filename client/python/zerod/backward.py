@@ -17,7 +17,7 @@ from zerod.model import ManagedParameter
 
 _task_id = torch._C._current_graph_task_id
 _COUNT_MAX = 255
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 class Expectation:
@@ -92,6 +92,8 @@ class BackwardPass:
         self._scattered = bytearray(len(client.units))
         self._tasks: list[int] = []
         self._explicit = False
+        self.needs_scale = False  # gradients must come from a loss that was scaled
+        self.scaled = False  # it was, for the next pass
         for managed in self.trainable:
             managed.parameter.register_post_accumulate_grad_hook(
                 partial(self._on_gradient, managed.index)
@@ -124,6 +126,12 @@ class BackwardPass:
             self._tasks.clear()
 
     def _begin(self) -> None:
+        if self.needs_scale and not self.scaled:
+            raise RuntimeError(
+                "in fp16 the loss must be scaled: call engine.backward(loss), or "
+                "engine.scale(loss).backward()"
+            )
+        self.scaled = False
         self.serial += 1
         self._pending.clear()
         self.expectation.begin()

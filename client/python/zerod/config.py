@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from zerod import _zerod
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
@@ -50,6 +52,13 @@ def read_source(source: Source) -> str:
                 "a JSON object"
             ) from None
         return text
+
+
+def dtype(resolved: Mapping[str, Any]) -> torch.dtype:
+    """Of the parameters that the model computes with."""
+    if resolved["fp16"]["enabled"]:
+        return torch.float16
+    return torch.bfloat16 if resolved["bf16"]["enabled"] else torch.float32
 
 
 def _from_base64(source: str) -> str | None:

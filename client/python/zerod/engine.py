@@ -16,7 +16,8 @@ from zerod.hooks import Gathering
 from zerod.launch import Launch
 from zerod.loader import Loader
 from zerod.model import ModelDescription, tensors_in
-from zerod.optimizer import AdamW
+from zerod.optimizer import Optimizer
+from zerod.precision import Precision
 from zerod.progress import Progress, momenta, watched
 from zerod.versions import Versions
 from zerod.weights import StateDictHooks, Weights, check_state, model_buffers
@@ -30,7 +31,7 @@ class EngineParts:
     client: Any
     description: ModelDescription
     weights: Weights
-    optimizer: AdamW | None
+    optimizer: Optimizer | None
     lr_scheduler: Any
     training_dataloader: Loader | None
     config: dict[str, Any]
@@ -74,6 +75,8 @@ class Engine(nn.Module):
         self._destroyed = False
         self.backward_pass = BackwardPass(self.client, self.description.parameters)
         self.backward_pass.is_last = self.is_gradient_accumulation_boundary
+        self.backward_pass.needs_scale = self.fp16_enabled()
+        self.precision = Precision(self.config)
         self.gathering = Gathering(self.module, self.description, self.client, self.backward_pass)
         self.versions = Versions(self.description.parameters)
         self._state_dict_hooks = StateDictHooks(self.weights, self.module)
@@ -85,6 +88,7 @@ class Engine(nn.Module):
         self.resumed_step: int = self.client.resumed_step
         if self.resumed_step:
             self._resume()
+        self._tell_optimizer(overflow=self.client.resumed_skipped)
         if self.config["disable_python_gc"]:
             garbage.pause()
         collectives.set_current(self)
@@ -96,7 +100,8 @@ class Engine(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.versions.check()
         self.backward_pass.abandon()
-        with self.gathering.forward():
+        args, kwargs = self.precision.inputs(args, kwargs)
+        with self.gathering.forward(), self.precision.autocast():
             output = self.module(*args, **kwargs)
         if torch.is_grad_enabled():
             for tensor in tensors_in(output):
@@ -115,14 +120,20 @@ class Engine(nn.Module):
         """Back-propagates `loss` divided by the number of accumulation steps, which is returned.
         May be called several times between two calls of step()."""
         steps = self.gradient_accumulation_steps()
-        scaled = loss / steps if scale_wrt_gas and steps > 1 else loss
+        divided = loss / steps if scale_wrt_gas and steps > 1 else loss
         try:
             with self.backward_pass.explicit():
-                scaled.backward(retain_graph=retain_graph)
+                self.scale(divided).backward(retain_graph=retain_graph)
         except BaseException:
             self.gathering.reset()
             raise
-        return scaled
+        return divided
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """What `.backward()` is to be called on where engine.backward() is not: in fp16 the loss
+        times the loss scale, else the loss. Not divided by the accumulation steps."""
+        self.backward_pass.scaled = True
+        return loss.float() * self.client.loss_scale if self.fp16_enabled() else loss
 
     @watched("step")
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
@@ -143,6 +154,7 @@ class Engine(nn.Module):
         result = self.client.step(
             self.optimizer.groups(),
             max_norm=self.gradient_clipping(),
+            loss_scale=self.client.loss_scale,
             want_norm=self.want_grad_norm,
             blob=self._state.capture(self._state_parts()),
         )
@@ -151,10 +163,16 @@ class Engine(nn.Module):
         self.global_steps += 1
         self._step_applied = not result.skipped
         self._grad_norm = None if math.isnan(result.grad_norm) else result.grad_norm
+        self._tell_optimizer(overflow=result.skipped)
         if result.skipped:
             self.skipped_steps += 1
         else:
             self._step_scheduler(self._lr_kwargs)
+
+    def _tell_optimizer(self, overflow: bool) -> None:
+        if self.optimizer is not None:
+            self.optimizer.overflow = overflow
+            self.optimizer.loss_scale = self.client.loss_scale
 
     def _step_scheduler(self, lr_kwargs: dict[str, Any]) -> None:
         if self.lr_scheduler is None:
@@ -176,6 +194,8 @@ class Engine(nn.Module):
     def is_gradient_accumulation_boundary(self) -> bool:
         if self._forced_boundary is not None:
             return self._forced_boundary
+        if not self.config["managed_gradient_accumulation"]:
+            return True
         return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
@@ -187,7 +207,8 @@ class Engine(nn.Module):
     def state_dict(self, *args: Any, master: bool = False, **kwargs: Any) -> dict[str, Any]:
         """The model's own state_dict: complete, plain copies, from any rank alone.
 
-        In a bf16 job the values are bfloat16, with `master` the fp32 master copy.
+        In a bf16 job the values are bfloat16, in an fp16 job float16; with `master` the fp32
+        master copy.
         """
         self._state_dict_hooks.master = master
         try:
@@ -315,9 +336,16 @@ class Engine(nn.Module):
     def bfloat16_enabled(self) -> bool:
         return self.config["bf16"]["enabled"]
 
+    def fp16_enabled(self) -> bool:
+        return self.config["fp16"]["enabled"]
+
+    def dynamic_loss_scale(self) -> bool:
+        return self.fp16_enabled() and self.config["fp16"]["loss_scale"] == 0
+
     def get_global_grad_norm(self) -> float | None:
-        """Of the last step's mean gradient, before clipping. None where it was not computed: it is
-        with clipping, or when `engine.want_grad_norm` is set."""
+        """Of the last step's mean gradient, before clipping; infinite where the step was skipped.
+        None where it was not computed: it is with clipping, where steps can be skipped, or when
+        `engine.want_grad_norm` is set."""
         return self._grad_norm
 
     def was_step_applied(self) -> bool:

@@ -51,8 +51,9 @@ def initialize(
     """Hands the model's parameters to the daemon; returns engine, optimizer, loader, scheduler.
 
     The arguments are DeepSpeed's. `config` is a dict, the path of a JSON file, or base64 of one;
-    "auto" becomes what `model` and `optimizer` say (docs/config.md). `optimizer` is a
-    torch.optim.AdamW, or a function that makes one of parameters; `lr_scheduler` a scheduler, or a
+    "auto" becomes what `model` and `optimizer` say (docs/config.md). `optimizer` is one of
+    torch.optim that the daemon computes (AdamW, Adam, Adagrad, SGD) or of this package, or a
+    function that makes one of parameters; `lr_scheduler` a scheduler, or a
     function that makes one of the optimizer. `address` is the daemon's socket ("unix:/path"; else
     ZEROD_ADDRESS, else an embedded one). `seed` orders `training_data`.
 
@@ -75,7 +76,7 @@ def initialize(
         for warning in read.warnings:
             log.warning("the configuration: %s", warning)
     monitors.check(resolved)
-    dtype = torch.bfloat16 if resolved["bf16"]["enabled"] else torch.float32
+    dtype = configuration.dtype(resolved)
     built = optimizers.build(model, optimizer, model_parameters, resolved)
     scheduler = _scheduler(lr_scheduler, built, resolved)
     loader = None
@@ -90,7 +91,7 @@ def initialize(
             drop_last=resolved["dataloader_drop_last"],
         )
     description = describe(model, dtype, built)
-    client = _attach(resolved, description, launch, address, dtype)
+    client = _attach(resolved, description, built, launch, address, dtype)
     try:
         engine = _adopt(model, client, description, built, scheduler, loader, resolved, launch)
         if launch.rank == 0 and resolved["dump_state"]:
@@ -104,6 +105,7 @@ def initialize(
 def _attach(
     resolved: dict[str, Any],
     description: ModelDescription,
+    built: optimizers.Optimizer | None,
     launch: Launch,
     address: str,
     dtype: torch.dtype,
@@ -114,8 +116,9 @@ def _attach(
     client = _zerod.Client.attach(
         modules=description.modules,
         parameters=description.parameter_infos(),
+        groups=built.kinds() if built is not None else [],
         config=json.dumps(resolved),  # with no "auto" left, which only this side can resolve
-        dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+        dtype=str(dtype).removeprefix("torch."),
         address=address,
         job=job,
         attempt=launch.attempt,
@@ -138,7 +141,7 @@ def _adopt(
     model: nn.Module,
     client: Any,
     description: ModelDescription,
-    built: optimizers.AdamW | None,
+    built: optimizers.Optimizer | None,
     scheduler: Any,
     loader: Loader | None,
     resolved: dict[str, Any],

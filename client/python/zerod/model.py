@@ -15,7 +15,7 @@ _ATOMIC = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 # Modules without a forward of their own: whoever holds them uses their parameters.
 _HOLDERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -184,11 +184,12 @@ def _check_parameter(name: str, parameter: nn.Parameter, dtype: torch.dtype) -> 
         raise ModelError(f"the parameter {name!r} is on {parameter.device}; only the CPU is served")
     if parameter.dtype not in _DTYPES:
         raise ModelError(
-            f"the parameter {name!r} is {parameter.dtype}; float32 and bfloat16 are served. "
-            "What is not trained can be a buffer"
+            f"the parameter {name!r} is {parameter.dtype}; float32, bfloat16 and float16 are "
+            "served. What is not trained can be a buffer"
         )
-    if parameter.dtype == torch.bfloat16 and dtype == torch.float32:
+    if parameter.dtype != torch.float32 and dtype == torch.float32:
+        kind = "bf16" if parameter.dtype == torch.bfloat16 else "fp16"
         raise ModelError(
-            f"the parameter {name!r} is bfloat16 in a float32 job: set bf16.enabled, or call "
-            "model.float() first"
+            f"the parameter {name!r} is {parameter.dtype} in a float32 job: set {kind}.enabled, or "
+            "call model.float() first"
         )

@@ -15,49 +15,57 @@ GROUPS_MAX = 64  # kGroupsMax of proto/shm/format.h
 Builder = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
 
-class AdamW(torch.optim.Optimizer):
-    """AdamW over parameters that live in the daemon.
+class Optimizer(torch.optim.Optimizer):
+    """An optimizer over parameters that live in the daemon.
 
     `param_groups` are read at every step, so schedulers work on them as on any optimizer's. There
-    is no state here, and `step()` is the engine's.
+    is no state here, and `step()` is the engine's. `loss_scale` is what the next step's loss is
+    multiplied by (1 but in fp16), `overflow` whether the last step was skipped for gradients that
+    were not finite.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-    ) -> None:
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults)
+    loss_scale: float = 1.0
+    overflow: bool = False
+
+    @property
+    def cur_scale(self) -> float:
+        """DeepSpeed's other name of `loss_scale`."""
+        return self.loss_scale
+
+    def kind(self, group: dict[str, Any]) -> str:
+        """What the daemon updates the group by, for the life of the job."""
+        raise NotImplementedError
+
+    def values(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The group's hyper-parameters of this moment, as _zerod.Group takes them."""
+        raise NotImplementedError
+
+    def kinds(self) -> list[str]:
+        return [self.kind(group) for group in self.param_groups]
+
+    def groups(self) -> list[_zerod.Group]:
+        """The groups' values of this moment, for STEP. ValueError for what no step can take."""
+        result = []
+        for i, group in enumerate(self.param_groups):
+            values = {
+                key: value if isinstance(value, bool) else float(value)
+                for key, value in self.values(group).items()
+            }
+            betas = [values[key] for key in ("beta1", "beta2") if key in values]
+            usable = all(0 <= beta < 1 for beta in betas) and values.get("eps", 0.0) >= 0
+            if not usable or not all(math.isfinite(value) for value in values.values()):
+                told = ", ".join(f"{key} {value}" for key, value in values.items())
+                raise ValueError(
+                    f"parameter group {i}: {told}: betas must lie in [0, 1), eps must not be "
+                    "negative, all must be finite"
+                )
+            result.append(_zerod.Group(**values))
+        return result
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         # Without its wrapper, which loads torch's compiler: seconds of every start.
         unwrapped = getattr(torch.optim.Optimizer.add_param_group, "__wrapped__", None)
         (unwrapped or torch.optim.Optimizer.add_param_group)(self, param_group)
-
-    @staticmethod
-    def adopt(optimizer: torch.optim.Optimizer) -> "AdamW":
-        """Takes over a torch.optim.AdamW that has no state yet. The group dicts stay the same
-        objects, so what holds the given optimizer (a scheduler) goes on working."""
-        if isinstance(optimizer, AdamW):
-            return optimizer
-        if type(optimizer) is not torch.optim.AdamW:
-            raise ModelError(
-                f"the optimizer is a {type(optimizer).__name__}; torch.optim.AdamW is what the "
-                "daemon computes"
-            )
-        if optimizer.state:
-            raise ModelError("the optimizer has taken steps already; pass a fresh one")
-        for group in optimizer.param_groups:
-            for flag in ("amsgrad", "maximize", "differentiable"):
-                if group.get(flag):
-                    raise ModelError(f"AdamW with {flag}=True is not served")
-        adopted = AdamW(optimizer.param_groups)
-        adopted.param_groups[:] = optimizer.param_groups
-        return adopted
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         raise RuntimeError("the daemon takes the optimizer's steps: call engine.step()")
@@ -74,27 +82,209 @@ class AdamW(torch.optim.Optimizer):
         for group, values in zip(self.param_groups, saved):
             group.update({key: value for key, value in values.items() if key != "params"})
 
-    def groups(self) -> list[_zerod.Group]:
-        """The groups' values of this moment, for STEP. ValueError for what no step can take."""
-        for i, group in enumerate(self.param_groups):
-            values = [group["lr"], *group["betas"], group["eps"], group["weight_decay"]]
-            usable = all(0 <= beta < 1 for beta in group["betas"]) and group["eps"] >= 0
-            if not usable or not all(math.isfinite(v) for v in values):
-                raise ValueError(
-                    f"parameter group {i}: lr {group['lr']}, betas {group['betas']}, eps "
-                    f"{group['eps']}, weight_decay {group['weight_decay']}: betas must lie in "
-                    "[0, 1), eps must not be negative, all must be finite"
-                )
-        return [
-            _zerod.Group(
-                lr=float(group["lr"]),
-                beta1=float(group["betas"][0]),
-                beta2=float(group["betas"][1]),
-                eps=float(group["eps"]),
-                weight_decay=float(group["weight_decay"]),
-            )
-            for group in self.param_groups
-        ]
+
+class Adam(Optimizer):
+    """torch.optim.Adam, whose weight decay is L2 regularization unless `decoupled`."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        bias_correction: bool = True,
+        decoupled: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "bias_correction": bias_correction,
+            "decoupled_weight_decay": decoupled,
+        }
+        super().__init__(params, defaults)
+
+    def kind(self, group: dict[str, Any]) -> str:
+        return "adam"
+
+    def values(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "lr": group["lr"],
+            "beta1": group["betas"][0],
+            "beta2": group["betas"][1],
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "decoupled": bool(group["decoupled_weight_decay"]),
+            "bias_correction": bool(group.get("bias_correction", True)),
+        }
+
+
+class AdamW(Adam):
+    """torch.optim.AdamW: the weight decay is apart from the gradient."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        bias_correction: bool = True,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, bias_correction, decoupled=True)
+
+
+class Lion(Optimizer):
+    """Chen et al., "Symbolic Discovery of Optimization Algorithms"."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
+
+    def kind(self, group: dict[str, Any]) -> str:
+        return "lion"
+
+    def values(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "lr": group["lr"],
+            "beta1": group["betas"][0],
+            "beta2": group["betas"][1],
+            "weight_decay": group["weight_decay"],
+        }
+
+
+class Adagrad(Optimizer):
+    """torch.optim.Adagrad."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "eps": eps,
+        }
+        super().__init__(params, defaults)
+
+    def kind(self, group: dict[str, Any]) -> str:
+        return "adagrad"
+
+    def values(self, group: dict[str, Any]) -> dict[str, Any]:
+        keys = ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps")
+        return {key: group[key] for key in keys}
+
+
+class SGD(Optimizer):
+    """torch.optim.SGD. Whether there is a momentum is fixed when initialize() is called: without
+    one there is no memory for it."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ) -> None:
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError("nesterov needs a momentum, and no dampening")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+        }
+        super().__init__(params, defaults)
+
+    def kind(self, group: dict[str, Any]) -> str:
+        return "sgd_momentum" if group["momentum"] != 0 else "sgd"
+
+    def values(self, group: dict[str, Any]) -> dict[str, Any]:
+        keys = ("lr", "momentum", "dampening", "weight_decay")
+        return {**{key: group[key] for key in keys}, "nesterov": bool(group["nesterov"])}
+
+
+# Whose place is taken, by exact class: a subclass may compute anything.
+_ADOPTED: dict[str, type[Optimizer]] = {
+    "torch.optim.adamw.AdamW": AdamW,
+    "torch.optim.adam.Adam": Adam,
+    "torch.optim.adagrad.Adagrad": Adagrad,
+    "torch.optim.sgd.SGD": SGD,
+    "lion_pytorch.lion_pytorch.Lion": Lion,
+}
+_REFUSED_FLAGS = ("amsgrad", "maximize", "differentiable", "cautious", "decoupled_lr")
+
+
+def adopt(optimizer: torch.optim.Optimizer) -> Optimizer:
+    """Takes over an optimizer that has taken no step yet. The group dicts stay the same objects,
+    so what holds the given optimizer (a scheduler) goes on working."""
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    if name not in _ADOPTED:
+        known = ", ".join(sorted({kind.__name__ for kind in _ADOPTED.values()}))
+        raise ModelError(
+            f"the optimizer is a {name}, which the daemon does not compute; it computes {known} of "
+            "torch.optim and of lion_pytorch"
+        )
+    target = _ADOPTED[name]
+    # Adagrad makes its state when it is made.
+    if any(float(state.get("step", 1)) != 0 for state in optimizer.state.values()):
+        raise ModelError("the optimizer has taken steps already; pass a fresh one")
+    for group in optimizer.param_groups:
+        for flag in _REFUSED_FLAGS:
+            if group.get(flag):
+                raise ModelError(f"{target.__name__} with {flag}=True is not served")
+        if target is AdamW:
+            group.setdefault("decoupled_weight_decay", True)
+        elif target is Adam:
+            group.setdefault("decoupled_weight_decay", False)
+    adopted = target(optimizer.param_groups)
+    adopted.param_groups[:] = optimizer.param_groups
+    optimizer.state.clear()
+    return adopted
+
+
+def _from_config(section: dict[str, Any], parameters: list[Any]) -> Optimizer:
+    params = dict(section["params"])
+    kind = section["type"]
+    common = {key: params[key] for key in ("lr", "weight_decay")}
+    if kind in ("Adam", "AdamW"):
+        # DeepSpeed's Adam is AdamW unless it is told otherwise.
+        decoupled = kind == "AdamW" or params["adam_w_mode"]
+        return (AdamW if decoupled else Adam)(
+            parameters,
+            betas=tuple(params["betas"]),
+            eps=params["eps"],
+            bias_correction=params["bias_correction"],
+            **common,
+        )
+    if kind == "Lion":
+        return Lion(parameters, betas=tuple(params["betas"]), **common)
+    if kind == "Adagrad":
+        keys = ("lr_decay", "initial_accumulator_value", "eps")
+        return Adagrad(parameters, **{key: params[key] for key in keys}, **common)
+    if kind == "SGD":
+        keys = ("momentum", "dampening", "nesterov")
+        return SGD(parameters, **{key: params[key] for key in keys}, **common)
+    raise ModelError(f"the optimizer {kind!r} is not served")
 
 
 def build(
@@ -102,7 +292,7 @@ def build(
     optimizer: torch.optim.Optimizer | Builder | None,
     model_parameters: Iterable[Any] | None,
     config: dict[str, Any],
-) -> AdamW | None:
+) -> Optimizer | None:
     """The optimizer of the arguments of `initialize`, or of the configuration; None for neither:
     such a job can only be read."""
     section = config.get("optimizer")
@@ -116,16 +306,9 @@ def build(
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = optimizer(parameters)
     if optimizer is not None:
-        result = AdamW.adopt(optimizer)
+        result = adopt(optimizer)
     elif section and parameters:
-        params = section["params"]
-        result = AdamW(
-            parameters,
-            lr=params["lr"],
-            betas=tuple(params["betas"]),
-            eps=params["eps"],
-            weight_decay=params["weight_decay"],
-        )
+        result = _from_config(section, parameters)
     else:
         return None
     if len(result.param_groups) > GROUPS_MAX:

@@ -23,7 +23,9 @@ namespace zerod::client {
 
 #define ZEROD_EXPORT __attribute__((visibility("default")))
 
-enum class DType { kFloat32 = 1, kBFloat16 = 2 };
+enum class DType { kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
+// What a parameter group is updated by, for the life of the job; kSgd is the one without momentum.
+enum class OptimizerKind { kAdam = 1, kLion = 2, kAdagrad = 3, kSgd = 4, kSgdMomentum = 5 };
 
 struct ModuleInfo {
   std::string path;
@@ -53,6 +55,7 @@ struct AttachOptions {
   std::string config;  // JSON text
   std::vector<ModuleInfo> modules;
   std::vector<ParameterInfo> parameters;
+  std::vector<OptimizerKind> groups;  // by ParameterInfo::group; empty: Adam for all
   DType dtype = DType::kFloat32;
   double attach_timeout_seconds = 60;  // for UNAVAILABLE and a predecessor that still ends
   double takeover_seconds = 10;        // how long a living predecessor of this rank is waited for
@@ -72,12 +75,21 @@ struct ParameterView {
   const void* data = nullptr;  // its address for life, of the job's dtype; readable while held
 };
 
+// A parameter group's hyper-parameters of one step, in the words of torch.optim; its kind of
+// optimizer reads those that it has.
 struct Group {
   double lr = 0;
   double beta1 = 0.9;
   double beta2 = 0.999;
   double eps = 1e-8;
   double weight_decay = 0;
+  double momentum = 0;
+  double dampening = 0;
+  double lr_decay = 0;
+  double initial_accumulator_value = 0;
+  bool decoupled = true;  // Adam: AdamW's weight decay, else L2 regularization
+  bool bias_correction = true;
+  bool nesterov = false;
 };
 struct StepRequest {
   double max_norm = 0;
@@ -88,7 +100,8 @@ struct StepRequest {
 };
 struct StepResult {
   bool skipped = false;
-  double grad_norm = 0;  // NaN where not computed
+  double grad_norm = 0;   // NaN where not computed, infinite where skipped
+  double loss_scale = 1;  // what the next step's loss is to be multiplied by
 };
 enum class ScalarOp { kSum, kMean, kMin, kMax };
 enum class StateKind { kMaster, kExpAvg, kExpAvgSq };
@@ -115,6 +128,9 @@ class ZEROD_EXPORT Client {
   virtual const std::vector<ParameterView>& parameters() const = 0;  // order of the options
   virtual uint64_t generation() const = 0;
   virtual uint64_t resumed_step() const = 0;  // committed when this client attached
+  virtual bool resumed_skipped() const = 0;   // that step was a skipped one
+  // What the next step's loss is to be multiplied by: 1 but in fp16.
+  virtual double loss_scale() const = 0;
   virtual bool initialized() const = 0;  // the weights are there; else rank 0 must Put them
   virtual uint32_t members() const = 0;
   virtual uint32_t stage() const = 0;
