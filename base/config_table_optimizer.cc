@@ -128,7 +128,8 @@ void AppendWarmupKeys(std::vector<ConfigKey>* keys) {
        .refused = {{"LambdaLR", kTakesFunction},
                    {"MultiplicativeLR", kTakesFunction},
                    {"ReduceLROnPlateau",
-                    "its step() takes a metric; call the scheduler's step() from the script"},
+                    "its step() takes a metric; pass the scheduler itself as lr_scheduler=, and "
+                    "the metric as engine.step(lr_kwargs={\"metrics\": value})"},
                    {"SequentialLR", kTakesSchedulers},
                    {"ChainedScheduler", kTakesSchedulers}}},
       {.path = "scheduler.params.warmup_min_lr", .slot = SLOT(scheduler.warmup_min_lr), .min = 0,

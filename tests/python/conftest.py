@@ -18,6 +18,15 @@ def _fake_module():
 
 
 @pytest.fixture
+def no_job(fake, monkeypatch):
+    """Nothing may begin a job."""
+    def attach(**options):
+        pytest.fail("a job was begun")
+
+    monkeypatch.setattr(fake.Client, "attach", staticmethod(attach))
+
+
+@pytest.fixture
 def fake(_fake_module, monkeypatch):
     """The extension's double. Tests against a daemon run their ranks in processes of their own."""
     for name in ("RANK", "WORLD_SIZE", "ZEROD_JOB", "TORCHELASTIC_RUN_ID"):

@@ -127,6 +127,15 @@ def test_warnings_are_logged_by_rank_0(fake, caplog):
     assert json.loads(engine.client.options["config"]) == engine.config
 
 
+@pytest.mark.usefixtures("no_job")
+def test_a_loader_is_refused_before_a_job_is_begun(fake):
+    import zerod
+
+    with pytest.raises(TypeError, match="pass its dataset"):
+        zerod.initialize(model=zoo.Stack(), config=BASE,
+                         training_data=torch.utils.data.DataLoader([1, 2]))
+
+
 def test_a_scheduler_without_an_optimizer_says_so(fake, caplog):
     import zerod
 

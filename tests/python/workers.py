@@ -281,6 +281,28 @@ def schedules(cases: dict[str, tuple[str, dict, int]]) -> dict:
     return results
 
 
+def schedule_with_restarts(kind: str, params: dict, steps: int) -> list[float]:
+    """The rates of the steps, each taken by an engine of its own."""
+    import zerod
+    from zerod import at_exit
+
+    rates = []
+    for step in range(steps):
+        engine, *_ = zerod.initialize(model=OneLayer(), config={
+            "train_micro_batch_size_per_gpu": 2,
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.5}},
+            "scheduler": {"type": kind, "params": params},
+            "zerod": {"job": "restarts"},
+        })
+        assert engine.global_steps == step
+        rates.append(engine.get_lr()[0])
+        engine.backward(engine(torch.ones(2, 4)).sum())
+        engine.step()
+        engine.client.close()
+        at_exit.forget(engine)
+    return rates
+
+
 def resolve(texts: list[str], **options) -> list:
     """What the real parser makes of each: the configuration, or its error's text."""
     from zerod import config

@@ -71,6 +71,7 @@ class Engine(nn.Module):
         self._forced_boundary: bool | None = None
         self._grad_norm: float | None = None
         self._step_applied = False
+        self._lr_kwargs: dict[str, Any] = {}  # of the step being made
         self._destroyed = False
         self.backward_pass = BackwardPass(self.client, self.description.parameters)
         self.backward_pass.is_last = self.is_gradient_accumulation_boundary
@@ -149,6 +150,7 @@ class Engine(nn.Module):
         self.backward_pass.flush()
         self.backward_pass.check_frozen()
         self.micro_steps += 1
+        self._lr_kwargs = lr_kwargs or {}
         result = self.client.step(
             self.optimizer.groups(),
             max_norm=self.gradient_clipping(),
@@ -165,7 +167,7 @@ class Engine(nn.Module):
         if result.skipped:
             self.skipped_steps += 1
         else:
-            self._step_scheduler(lr_kwargs or {})
+            self._step_scheduler(self._lr_kwargs)
 
     def _tell_optimizer(self, overflow: bool) -> None:
         if self.optimizer is not None:
@@ -272,6 +274,7 @@ class Engine(nn.Module):
         }
         if self.lr_scheduler is not None:
             parts["lr_scheduler"] = self.lr_scheduler.state_dict()
+            parts["lr_kwargs"] = self._lr_kwargs
         if self.training_dataloader is not None:
             parts["loader"] = self.training_dataloader.state_dict()
         return parts
@@ -295,7 +298,7 @@ class Engine(nn.Module):
         if self.lr_scheduler is not None and "lr_scheduler" in parts:
             self.lr_scheduler.load_state_dict(parts["lr_scheduler"])
             if not skipped:  # the schedule moves on after an applied step
-                self._step_scheduler({})
+                self._step_scheduler(parts["lr_kwargs"])
 
     def destroy(self) -> None:
         """Leaves the job: its state is freed once all ranks have left. Idempotent."""

@@ -79,13 +79,21 @@ def initialize(
     dtype = configuration.dtype(resolved)
     built = optimizers.build(model, optimizer, model_parameters, resolved)
     scheduler = _scheduler(lr_scheduler, built, resolved)
+    loader = None
+    if training_data is not None:
+        loader = Loader(
+            training_data,
+            resolved["train_micro_batch_size_per_gpu"],
+            rank=launch.rank,
+            world=launch.world,
+            seed=seed,
+            collate_fn=collate_fn,
+            drop_last=resolved["dataloader_drop_last"],
+        )
     description = describe(model, dtype, built)
     client = _attach(resolved, description, built, launch, address, dtype)
     try:
-        engine = _adopt(
-            model, client, description, built, scheduler, training_data, collate_fn, resolved,
-            launch, seed,
-        )
+        engine = _adopt(model, client, description, built, scheduler, loader, resolved, launch)
         if launch.rank == 0 and resolved["dump_state"]:
             progress.dump(read, client.plan_text)
     except BaseException:
@@ -135,11 +143,9 @@ def _adopt(
     description: ModelDescription,
     built: optimizers.Optimizer | None,
     scheduler: Any,
-    training_data: Dataset[Any] | None,
-    collate_fn: Callable[[list[Any]], Any] | None,
+    loader: Loader | None,
     resolved: dict[str, Any],
     launch: Launch,
-    seed: int,
 ) -> Engine:
     weights = Weights(client, description)
     fresh = client.resumed_step == 0
@@ -150,17 +156,6 @@ def _adopt(
     weights.open_resident()
     if fresh and launch.world > 1:
         _share_buffers(model, client, launch)
-    loader = None
-    if training_data is not None:
-        loader = Loader(
-            training_data,
-            resolved["train_micro_batch_size_per_gpu"],
-            rank=launch.rank,
-            world=launch.world,
-            seed=seed,
-            collate_fn=collate_fn,
-            drop_last=resolved["dataloader_drop_last"],
-        )
     return Engine(
         EngineParts(
             model=model,
