@@ -99,8 +99,10 @@ absl::Status JobRunnerImpl::Reserve() {
   move_.store = store_.get();
   move_.self = request_.self;
   move_.stage = request_.config.zero.stage;
-  move_.piece_elements = PieceElements(*request_.layout, request_.members, kMoverSlots);
-  const uint64_t staging_bytes = move_.StagingBytes() * kMoverSlots;
+  move_.piece_elements = plan_.gather_piece_elements;
+  reduce_ = move_;
+  reduce_.piece_elements = plan_.reduce_piece_elements;
+  const uint64_t staging_bytes = StagingBytes() * core::kPiecesInFlight;
   if (staging_bytes > 0) {
     ASSIGN_OR_RETURN(staging_, arena_->Allocate(absl::StrCat("staging of job ", request_.id),
                                                 staging_bytes, staging_bytes,
@@ -111,6 +113,11 @@ absl::Status JobRunnerImpl::Reserve() {
   side_ = std::make_unique<SideBuffer>(arena_, request_.id,
                                        request_.layout->trainable_elements() * sizeof(float));
   return absl::OkStatus();
+}
+
+// Of one piece of any movement.
+size_t JobRunnerImpl::StagingBytes() const {
+  return std::max(move_.StagingBytes(), reduce_.StagingBytes());
 }
 
 core::JobSpec JobRunnerImpl::MakeSpec() const {
@@ -126,7 +133,11 @@ core::JobSpec JobRunnerImpl::MakeSpec() const {
   spec.stage = config.zero.stage;
   spec.node_sum = plan_.node_sum;
   spec.untouched_as_zero = config.zerod.unused_parameters == "zero";
+  // As in DeepSpeed, at the two stages alone.
+  spec.refuse_untouched = !config.zero.ignore_unused_parameters &&
+                          (config.zero.stage == 1 || config.zero.stage == 2);
   spec.prefetch_elements = config.zero.prefetch_bucket_size;
+  spec.in_flight_elements = plan_.in_flight_elements;
   spec.window = plan_.window;
   return spec;
 }
@@ -148,8 +159,8 @@ absl::Status JobRunnerImpl::Init(metrics::Metrics* metrics) {
   workers_ = std::make_unique<Workers>(request_.worker_threads,
                                        4 * request_.layout->units().size() + 256, mailbox_.get());
   Mover::Options options;
-  options.slots = kMoverSlots;
-  options.slot_bytes = move_.StagingBytes();
+  options.slots = core::kPiecesInFlight;
+  options.slot_bytes = StagingBytes();
   options.staging = staging_.data();
   metrics_ = metrics->ForJob(request_.id);
   mover_ = std::make_unique<Mover>(options, workers_.get(), mailbox_.get(),

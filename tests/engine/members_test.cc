@@ -18,6 +18,9 @@ constexpr char kSmallWindow[] =
     "\"stage3_param_persistence_threshold\": 2000, \"stage3_max_live_parameters\": 70000, "
     "\"stage3_prefetch_bucket_size\": 20000";
 
+// Several pieces where there would be one.
+const char kSmallBuckets[] = "\"reduce_bucket_size\": 1, \"allgather_bucket_size\": 1";
+
 struct Case {
   std::string name;
   uint32_t stage;
@@ -89,6 +92,8 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{"ThreeStage0", 0, false, 3, 1, false, 1, ""},
                       Case{"ThreeStage2", 2, false, 3, 1, false, 1, ""},
                       Case{"ThreeStage3", 3, false, 3, 1, false, 1, kSmallWindow},
+                      Case{"SmallBucketsStage0", 0, false, 3, 1, false, 1, kSmallBuckets},
+                      Case{"SmallBucketsStage3", 3, false, 3, 1, false, 1, kSmallBuckets},
                       Case{"Bf16Stage0", 0, true, 2, 1, false, 1, ""},
                       Case{"Bf16Stage2", 2, true, 2, 1, false, 1, ""},
                       Case{"Bf16Stage3", 3, true, 2, 1, false, 1, kSmallWindow}),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from zerod import _zerod, config as configuration, optimizer as optimizers, peers, schedule
+from zerod import _zerod, config as configuration, leaf, optimizer as optimizers, peers, schedule
 from zerod.engine import Engine, EngineParts
 from zerod.errors import ModelError
 from zerod.launch import Launch
@@ -56,6 +56,7 @@ def initialize(
     resolved = configuration.resolve(text, launch.world)
     dtype = torch.bfloat16 if resolved["bf16"]["enabled"] else torch.float32
     built = optimizers.build(model, optimizer, model_parameters, resolved)
+    leaf.apply_config(model, resolved["zero_optimization"])
     description = describe(model, dtype, built)
     client = _attach(text, resolved, description, launch, address, dtype)
     try:
