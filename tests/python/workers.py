@@ -193,9 +193,9 @@ class Rows(torch.utils.data.Dataset):
         return torch.randn(zoo.WIDTH, generator=torch.Generator().manual_seed(index))
 
 
-def unused_parameters(config: dict) -> tuple[list[str], int, dict]:
-    """Three steps; in the second no rank uses all parameters. The errors, the number of the last
-    step, and the weights."""
+def unused_parameters(config: dict, leave_out: bool = False) -> tuple[list[str], int, dict]:
+    """Three steps; in the second, unless it is left out, no rank uses all parameters. The errors,
+    the number of the last step, and the weights."""
     import zerod
 
     rank, _ = rank_and_world()
@@ -217,12 +217,16 @@ def unused_parameters(config: dict) -> tuple[list[str], int, dict]:
     engine, *_ = zerod.initialize(model=Model(), config=config)
     errors = []
     for step, everything in enumerate((True, False, True)):
+        if leave_out and not everything:
+            continue
         engine.backward(engine(zoo.batch(rank, step), everything).square().mean())
         try:
             engine.step()
         except zerod.FailedPrecondition as error:
             errors.append(str(error))
-    return errors, engine.global_steps, engine.state_dict()
+    state = engine.state_dict()
+    engine.destroy()
+    return errors, engine.global_steps, state
 
 
 def attach_one(model: str, config: dict, world: int | None = None) -> str:
