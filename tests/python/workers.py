@@ -46,6 +46,56 @@ def gpt_ddp(runs: list[list[str]]) -> list[dict]:
     return results
 
 
+TRAFFIC = ("gathered", "scattered", "sent", "received")
+MEMORY = ("parameters", "copies", "gradients", "moments", "window", "accumulator",
+          "client_gradients", "staging", "set_aside", "control")
+
+
+def measured(config: dict, metrics: list[str], steps: int, settle: bool) -> dict:
+    """What each node's daemon counts while the example trains: its memory, and the traffic of a
+    step. `settle`: the counters are read when all units were gathered, so nothing is under way."""
+    import cluster
+    import zerod
+
+    args = train_gpt.parse_arguments([])
+    torch.manual_seed(1)
+    engine, *_ = zerod.initialize(model=train_gpt.GPT(args), config=config)
+    window = torch.arange(args.sequence + 1).view(1, -1) % 256
+    job = config["zerod"]["job"]
+
+    def sample() -> list[dict[str, float]]:
+        if settle:
+            with torch.no_grad():
+                engine(window)
+        zerod.barrier()
+        counted = [
+            {kind: cluster.metric(node, f"zerod_{kind}_bytes_total", job=job) for kind in TRAFFIC}
+            for node in metrics
+        ]
+        zerod.barrier()
+        return counted
+
+    def train(count: int) -> None:
+        for _ in range(count * config.get("gradient_accumulation_steps", 1)):
+            engine.backward(engine(window))
+            engine.step()
+
+    train(2)
+    before = sample()
+    train(steps)
+    after = sample()
+    memory = [
+        {kind: cluster.metric(node, "zerod_memory_bytes", job=job, kind=kind) for kind in MEMORY}
+        for node in metrics
+    ]
+    zerod.barrier()
+    engine.destroy()
+    traffic = [
+        {kind: (a[kind] - b[kind]) / steps for kind in TRAFFIC} for a, b in zip(after, before)
+    ]
+    return {"memory": memory, "traffic": traffic}
+
+
 def counters() -> dict[str, float]:
     from zerod import collectives
 
@@ -142,6 +192,42 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return torch.randn(zoo.WIDTH, generator=torch.Generator().manual_seed(index))
+
+
+def unused_parameters(config: dict, leave_out: bool = False) -> tuple[list[str], int, dict]:
+    """Three steps; in the second, unless it is left out, no rank uses all parameters. The errors,
+    the number of the last step, and the weights."""
+    import zerod
+
+    rank, _ = rank_and_world()
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.always, self.by_one, self.never = (
+                torch.nn.Linear(zoo.WIDTH, zoo.WIDTH) for _ in range(3)
+            )
+
+        def forward(self, x: torch.Tensor, everything: bool) -> torch.Tensor:
+            x = self.always(x)
+            if rank == 1:
+                x = self.by_one(x)
+            return self.never(x) if everything else x
+
+    torch.manual_seed(4)
+    engine, *_ = zerod.initialize(model=Model(), config=config)
+    errors = []
+    for step, everything in enumerate((True, False, True)):
+        if leave_out and not everything:
+            continue
+        engine.backward(engine(zoo.batch(rank, step), everything).square().mean())
+        try:
+            engine.step()
+        except zerod.FailedPrecondition as error:
+            errors.append(str(error))
+    state = engine.state_dict()
+    engine.destroy()
+    return errors, engine.global_steps, state
 
 
 def attach_one(model: str, config: dict, world: int | None = None) -> str:
