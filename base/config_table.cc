@@ -69,7 +69,8 @@ void AppendBf16Keys(std::vector<ConfigKey>* keys) {
        .note = "gradients are always handed over as they come, and kept in fp32",
        .slot = SLOT(bf16_options.immediate_grad_update), .gate = Bf16Gate()},
       {.path = "bf16.check_grad_overflow",
-       .note = "a step whose gradients are not finite is skipped; at stage 3 always, as in DeepSpeed",
+       .note = "a step whose gradients are not finite is skipped; at stage 3 always, as in "
+               "DeepSpeed",
        .slot = SLOT(bf16_options.check_grad_overflow), .gate = Bf16Gate()},
       {.path = "bf16.bf16_master_weights_and_grads", .served = Served::kNotYet,
        .note = "the master copy is fp32", .slot = SLOT(bf16_options.master_weights_and_grads),
@@ -99,7 +100,8 @@ void AppendFp16Keys(std::vector<ConfigKey>* keys) {
        .gate = DynamicScaleGate()},
       // DeepSpeed takes 0 and then never lowers the scale: every step is skipped for ever.
       {.path = "fp16.hysteresis",
-       .note = "the overflow of so many at which the scale is halved; 1 at stage 0, as in DeepSpeed",
+       .note = "the overflow of so many at which the scale is halved; 1 at stage 0, as in "
+               "DeepSpeed",
        .slot = SLOT(fp16.hysteresis), .min = 1, .max = kCountMax, .gate = DynamicScaleGate()},
       {.path = "fp16.consecutive_hysteresis",
        .note = "any step without overflow restores the hysteresis",
@@ -135,8 +137,8 @@ void AppendDataTypeKeys(std::vector<ConfigKey>* keys) {
        .slot = SLOT(data_types.autocast_dtype), .choices = {"bf16", "bfloat16"},
        .later = {"fp16", "float16", "half"}, .any_case = true, .gate = AutocastGate()},
       {.path = "torch_autocast.lower_precision_safe_modules", .served = Served::kNoMeaning,
-       .note = "it lists whose gradients DeepSpeed sends in 16 bits; communication_data_type is for "
-               "all",
+       .note = "it lists whose gradients DeepSpeed sends in 16 bits; communication_data_type is "
+               "for all",
        .slot = SLOT(data_types.lower_precision_safe_modules),
        .gate = AutocastGate()},
   };

@@ -49,7 +49,8 @@ void AppendAdamKeys(std::vector<ConfigKey>* keys) {
        .note = "0.01 for AdamW with torch_adam, which is torch's default",
        .slot = SLOT(optimizer.weight_decay), .min = 0, .max = kRealMax},
       {.path = "optimizer.params.adam_w_mode",
-       .note = "of Adam: decoupled weight decay, else L2 regularization. AdamW's is always decoupled",
+       .note = "of Adam: decoupled weight decay, else L2 regularization. AdamW's is always "
+               "decoupled",
        .slot = SLOT(optimizer.adam_w_mode), .types = Adams()},
       {.path = "optimizer.params.bias_correction", .slot = SLOT(optimizer.bias_correction),
        .types = With(Adams(), {"Lamb"})},

@@ -110,7 +110,7 @@ def read_text(path: str | None) -> tuple[bytes, bytes]:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--stage", type=int, default=3, choices=range(4), help="ZeRO stage")
-    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch", type=int, default=4, help="windows of a rank's micro-batch")
@@ -146,6 +146,7 @@ def make_config(args: argparse.Namespace) -> dict:
         "gradient_accumulation_steps": args.gradient_accumulation,
         "gradient_clipping": args.clip,
         "bf16": {"enabled": args.dtype == "bf16"},
+        "fp16": {"enabled": args.dtype == "fp16"},
         "dataloader_drop_last": True,  # steps of equal size
         "zero_optimization": zero,
         "optimizer": {"type": "AdamW", "params": {"lr": args.lr, "weight_decay": 0.1}},

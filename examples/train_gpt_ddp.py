@@ -29,6 +29,8 @@ def train(args) -> dict:
     train_text, held_out_text = read_text(args.text)
     torch.manual_seed(args.seed)
     model = GPT(args)
+    if args.dtype == "fp16":
+        raise SystemExit("fp16 needs loss scaling, which this script has not: use fp32 or bf16")
     if args.dtype == "bf16":
         model.bfloat16()
     torch.manual_seed(args.seed + 1000 + rank)

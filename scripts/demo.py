@@ -27,7 +27,7 @@ DETECTION_SECONDS_MAX = 30  # of a daemon's death, for everybody, launcher inclu
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__.partition("\n")[0])
     parser.add_argument("--stage", type=int, default=3, choices=range(4), help="ZeRO stage [3]")
-    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"), help="[fp32]")
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="[fp32]")
     parser.add_argument("--steps", type=int, help="optimizer steps [200, with --kill 40]")
     parser.add_argument("--seed", type=int, default=1, help="[1]")
     parser.add_argument("--nodes", type=int, default=2, help="daemons [2]")

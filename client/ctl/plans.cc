@@ -12,6 +12,16 @@
 namespace zerod::ctl {
 namespace {
 
+// Where the script passes its optimizer: an Adam, which takes the most memory.
+v1::OptimizerKind OptimizerOf(const Config::Optimizer& optimizer) {
+  if (optimizer.type == "Lion") return v1::OPTIMIZER_KIND_LION;
+  if (optimizer.type == "Adagrad") return v1::OPTIMIZER_KIND_ADAGRAD;
+  if (optimizer.type == "SGD") {
+    return optimizer.momentum != 0 ? v1::OPTIMIZER_KIND_SGD_MOMENTUM : v1::OPTIMIZER_KIND_SGD;
+  }
+  return v1::OPTIMIZER_KIND_ADAM;
+}
+
 // What the model's modules would decide, and a plan's do not have.
 void NoteWhatIsNotPlanned(const Config& config) {
   const Config::LeafModule& leaf = config.zero.leaf_module;
@@ -37,8 +47,10 @@ absl::Status Plan(Daemon* daemon, const PlanArguments& arguments, bool json) {
   v1::PlanRequest request;
   request.set_config(parsed.config.ToJson());
   *request.mutable_model() = std::move(known.model);
-  request.mutable_model()->set_dtype(parsed.config.bf16 ? v1::DATA_TYPE_BFLOAT16
-                                                        : v1::DATA_TYPE_FLOAT32);
+  request.mutable_model()->set_dtype(parsed.config.fp16.enabled ? v1::DATA_TYPE_FLOAT16
+                                     : parsed.config.bf16       ? v1::DATA_TYPE_BFLOAT16
+                                                                : v1::DATA_TYPE_FLOAT32);
+  request.mutable_model()->add_groups(OptimizerOf(parsed.config.optimizer));
   request.set_nodes(arguments.nodes);
   request.set_world(source.world);
   request.set_node_memory_bytes(arguments.node_memory_bytes);

@@ -87,8 +87,8 @@ absl::StatusOr<Layout> Layout::Build(const ModelDescription& model,
     }
     if (d.trainable && !model.groups.empty() && d.group >= model.groups.size()) {
       return absl::InvalidArgumentError(
-          absl::StrCat("the parameter '", d.name, "' is in group ", d.group, " of an optimizer with ",
-                       model.groups.size(), " groups"));
+          absl::StrCat("the parameter '", d.name, "' is in group ", d.group,
+                       " of an optimizer with ", model.groups.size(), " groups"));
     }
     Parameter p;
     p.name = d.name;

@@ -241,6 +241,14 @@ uint64_t PieceElements(const Layout& layout, uint32_t members, uint64_t bucket_e
   return std::min({uint64_t{1} << 20, fitting / kStep * kStep, wanted, RoundUp(largest, kStep)});
 }
 
+DType WireType(const Config& config, DType parameters) {
+  const std::string name = config.communication.data_type.value_or("");
+  if (name == "fp32") return DType::kFloat32;
+  if (name == "fp16") return DType::kFloat16;
+  if (name == "bf16") return DType::kBFloat16;
+  return parameters;
+}
+
 absl::StatusOr<JobPlan> PlanJob(const Config& config, const Layout& layout, uint32_t members,
                                 MemberIndex self, uint32_t local_world, uint64_t available_bytes) {
   if (config.zerod.master_remainder) {

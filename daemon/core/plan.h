@@ -67,7 +67,7 @@ struct JobPlan {
 
 inline constexpr uint64_t kTransferValuesBytes = 4 << 20;
 // Of a client's rings and its trace: proto/shm/format.h's sizes, which tests/core compares.
-inline constexpr uint64_t kRingBytes = 84 << 10;
+inline constexpr uint64_t kRingBytes = 88 << 10;
 inline constexpr uint64_t kStagingBytes = 32 << 20;  // at most, of all pieces in flight
 inline constexpr uint32_t kPiecesInFlight = 4;
 // The smallest of the buckets: with less in flight a network waits for messages.
@@ -77,6 +77,10 @@ inline constexpr uint64_t kBucketElementsMin = 1 << 18;
 // `bucket_elements` (kBucketElementsMin counts for less) and fit with all peers into kStagingBytes.
 // The same on all members: a function of its arguments alone.
 uint64_t PieceElements(const Layout& layout, uint32_t members, uint64_t bucket_elements);
+
+// The type of gradients between members: communication_data_type; where that is left out, the
+// parameters' own, as in DeepSpeed.
+DType WireType(const Config& config, DType parameters);
 
 // `available_bytes`: what the node can give, for choosing the gradient plan. FAILED_PRECONDITION
 // or RESOURCE_EXHAUSTED with the value that works where the window cannot.

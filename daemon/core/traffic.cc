@@ -7,7 +7,7 @@
 namespace zerod::core {
 namespace {
 
-constexpr uint64_t kGradientBytes = sizeof(float);  // of an element, on the wire and in a file
+constexpr uint64_t kGradientBytes = sizeof(float);  // of an element in a file, and once reduced
 
 // How often each unit's copy is filled in one step.
 class Fills {
@@ -63,6 +63,7 @@ TrafficPlan PlanTraffic(const Config& config, const Layout& layout, const JobPla
   const Partition partition(layout, members);
   const uint64_t peers = members - 1;
   const uint64_t element_bytes = DTypeBytes(layout.dtype());
+  const uint64_t wire_bytes = DTypeBytes(WireType(config, layout.dtype()));
   const Fills fills(config, layout, plan);
   TrafficPlan t;
   for (UnitIndex u = 0; u < layout.units().size(); ++u) {
@@ -75,8 +76,8 @@ TrafficPlan PlanTraffic(const Config& config, const Layout& layout, const JobPla
     }
     const uint64_t own = partition.TrainableShard(u, self).size();
     const uint64_t others = members == 1 ? 0 : unit.trainable_elements - own;
-    t.sent += others * kGradientBytes;
-    t.received += peers * own * kGradientBytes;
+    t.sent += others * wire_bytes;
+    t.received += peers * own * wire_bytes;
     if (config.zero.stage == 0) {  // the reduced gradient, to all
       t.sent += peers * own * kGradientBytes;
       t.received += others * kGradientBytes;

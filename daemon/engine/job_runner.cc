@@ -99,7 +99,7 @@ absl::Status JobRunnerImpl::Reserve() {
   move_.store = store_.get();
   move_.self = request_.self;
   move_.stage = request_.config.zero.stage;
-  move_.wire = WireType(request_.config, request_.layout->dtype());
+  move_.wire = core::WireType(request_.config, request_.layout->dtype());
   move_.piece_elements = plan_.gather_piece_elements;
   reduce_ = move_;
   reduce_.piece_elements = plan_.reduce_piece_elements;

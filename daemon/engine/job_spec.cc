@@ -51,12 +51,4 @@ core::JobSpec MakeJobSpec(const JobRequest& request, const core::JobPlan& plan) 
   return spec;
 }
 
-core::DType WireType(const Config& config, core::DType parameters) {
-  const std::string name = config.communication.data_type.value_or("");
-  if (name == "fp32") return core::DType::kFloat32;
-  if (name == "fp16") return core::DType::kFloat16;
-  if (name == "bf16") return core::DType::kBFloat16;
-  return parameters;
-}
-
 }  // namespace zerod::engine

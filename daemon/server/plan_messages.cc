@@ -74,7 +74,7 @@ absl::StatusOr<v1::PlanResponse> MakePlan(const v1::PlanRequest& request, const 
   response.set_parameters(layout.parameter_elements());
   response.set_units(static_cast<uint32_t>(layout.units().size()));
   response.set_stage(config.zero.stage);
-  response.set_dtype(layout.dtype() == core::DType::kFloat32 ? "float32" : "bfloat16");
+  response.set_dtype(core::DTypeName(layout.dtype()));
   response.set_local_world(request.world() / request.nodes());
   response.set_window_bytes_all(layout.chunks() * kChunkBytes);
   for (core::MemberIndex m = 0; m < request.nodes(); ++m) {

@@ -188,8 +188,10 @@ def test_errors_have_their_class_and_code():
     assert error.value.code == "INVALID_ARGUMENT" and isinstance(error.value, _zerod.ZerodError)
     with pytest.raises(_zerod.Unavailable, match="nobody.sock"):
         attach("unix:/tmp/nobody.sock", attach_timeout_seconds=0.1)
-    with pytest.raises(_zerod.InvalidArgument, match="float16"):
-        attach("unix:/tmp/nobody.sock", dtype="float16")
+    with pytest.raises(_zerod.InvalidArgument, match="float8"):
+        attach("unix:/tmp/nobody.sock", dtype="float8")
+    with pytest.raises(_zerod.InvalidArgument, match="adamax"):
+        attach("unix:/tmp/nobody.sock", groups=["adamax"])
 
 
 def test_forked_children_read_and_do_nothing_else(daemon):

@@ -30,8 +30,9 @@ static_assert(offsetof(CompletePage, wake) == 64 && offsetof(CompletePage, tail)
               offsetof(CompletePage, entry) == 1408 && offsetof(CompletePage, texts) == 9600 &&
               offsetof(CompletePage, scalar) == 25984 &&
               offsetof(CompletePage, grad_norm) == 26496 &&
-              offsetof(CompletePage, skipped) == 26504);
-static_assert(kFormatVersion == 1);
+              offsetof(CompletePage, skipped) == 26504 &&
+              offsetof(CompletePage, loss_scale) == 26512);
+static_assert(kFormatVersion == 2);
 
 SubmitEntry Gather(uint64_t cookie) {
   SubmitEntry entry{};

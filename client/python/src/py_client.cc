@@ -232,30 +232,7 @@ std::unique_ptr<PyClient> Attach(std::vector<client::ModuleInfo> modules,
   return std::make_unique<PyClient>(Take(std::move(attached)), std::move(shapes));
 }
 
-void DefineValues(nb::module_& m) {
-  nb::class_<Memory>(m, "_Memory");
-  nb::class_<client::ModuleInfo>(m, "ModuleInfo")
-      .def(nb::new_([](std::string path, std::string type, bool is_container, bool leaf) {
-             return client::ModuleInfo{std::move(path), std::move(type), is_container, leaf};
-           }),
-           "path"_a, "type"_a, "is_container"_a = false, "leaf"_a = false)
-      .def_rw("path", &client::ModuleInfo::path)
-      .def_rw("type", &client::ModuleInfo::type)
-      .def_rw("is_container", &client::ModuleInfo::is_container)
-      .def_rw("leaf", &client::ModuleInfo::leaf);
-  nb::class_<client::ParameterInfo>(m, "ParameterInfo")
-      .def(nb::new_([](std::string name, std::vector<int64_t> shape, bool trainable,
-                       uint32_t group, std::vector<std::string> modules) {
-             return client::ParameterInfo{std::move(name), std::move(shape), trainable, group,
-                                          std::move(modules)};
-           }),
-           "name"_a, "shape"_a, "trainable"_a = true, "group"_a = 0,
-           "modules"_a = std::vector<std::string>())
-      .def_rw("name", &client::ParameterInfo::name)
-      .def_rw("shape", &client::ParameterInfo::shape)
-      .def_rw("trainable", &client::ParameterInfo::trainable)
-      .def_rw("group", &client::ParameterInfo::group)
-      .def_rw("modules", &client::ParameterInfo::modules);
+void DefineGroup(nb::module_& m) {
   nb::class_<client::Group>(m, "Group")
       .def(nb::new_([](double lr, double beta1, double beta2, double eps, double weight_decay,
                        double momentum, double dampening, double lr_decay,
@@ -281,6 +258,32 @@ void DefineValues(nb::module_& m) {
       .def_rw("decoupled", &client::Group::decoupled)
       .def_rw("bias_correction", &client::Group::bias_correction)
       .def_rw("nesterov", &client::Group::nesterov);
+}
+
+void DefineValues(nb::module_& m) {
+  nb::class_<Memory>(m, "_Memory");
+  nb::class_<client::ModuleInfo>(m, "ModuleInfo")
+      .def(nb::new_([](std::string path, std::string type, bool is_container, bool leaf) {
+             return client::ModuleInfo{std::move(path), std::move(type), is_container, leaf};
+           }),
+           "path"_a, "type"_a, "is_container"_a = false, "leaf"_a = false)
+      .def_rw("path", &client::ModuleInfo::path)
+      .def_rw("type", &client::ModuleInfo::type)
+      .def_rw("is_container", &client::ModuleInfo::is_container)
+      .def_rw("leaf", &client::ModuleInfo::leaf);
+  nb::class_<client::ParameterInfo>(m, "ParameterInfo")
+      .def(nb::new_([](std::string name, std::vector<int64_t> shape, bool trainable,
+                       uint32_t group, std::vector<std::string> modules) {
+             return client::ParameterInfo{std::move(name), std::move(shape), trainable, group,
+                                          std::move(modules)};
+           }),
+           "name"_a, "shape"_a, "trainable"_a = true, "group"_a = 0,
+           "modules"_a = std::vector<std::string>())
+      .def_rw("name", &client::ParameterInfo::name)
+      .def_rw("shape", &client::ParameterInfo::shape)
+      .def_rw("trainable", &client::ParameterInfo::trainable)
+      .def_rw("group", &client::ParameterInfo::group)
+      .def_rw("modules", &client::ParameterInfo::modules);
   nb::class_<client::UnitView>(m, "UnitView")
       .def_ro("name", &client::UnitView::name)
       .def_ro("elements", &client::UnitView::elements)
@@ -344,13 +347,15 @@ bool PendingSignal() {
 }
 
 void DefineClient(nb::module_& m) {
+  DefineGroup(m);
   DefineValues(m);
   nb::class_<PyClient> c(m, "Client");
   DefineProperties(c);
   c.def_static("attach", &Attach, nb::kw_only(), "modules"_a, "parameters"_a,
-               "groups"_a = std::vector<std::string>(), "config"_a = "{}", "dtype"_a = "float32", "address"_a = "", "embedded"_a = true, "job"_a = "",
-               "attempt"_a = 0, "rank"_a = 0, "world"_a = 1, "local_rank"_a = 0,
-               "local_world"_a = 1, "node_rank"_a = 0, "peers"_a = std::vector<std::string>(),
+               "groups"_a = std::vector<std::string>(), "config"_a = "{}", "dtype"_a = "float32",
+               "address"_a = "", "embedded"_a = true, "job"_a = "", "attempt"_a = 0,
+               "rank"_a = 0, "world"_a = 1, "local_rank"_a = 0, "local_world"_a = 1,
+               "node_rank"_a = 0, "peers"_a = std::vector<std::string>(),
                "job_token"_a = "", "attach_timeout_seconds"_a = 60.0,
                "takeover_seconds"_a = 10.0)
       .def("parameter_tensor", &PyClient::ParameterTensor, "parameter"_a)
