@@ -42,8 +42,8 @@ absl::StatusOr<core::HyperParameters> ReadHyperParameters(const shm::StepRecord&
   if (!std::isfinite(record.max_norm) || !std::isfinite(record.loss_scale) ||
       record.loss_scale <= 0) {
     return absl::InvalidArgumentError(
-        "STEP with hyper-parameters that no optimizer can use: the clipping norm and the loss scale "
-        "must be finite, the loss scale above 0");
+        "STEP with hyper-parameters that no optimizer can use: the clipping norm and the loss "
+        "scale must be finite, the loss scale above 0");
   }
   for (uint32_t i = 0; i < record.groups; ++i) {
     const shm::GroupRecord& r = record.group[i];
