@@ -29,8 +29,16 @@ const Gate* SuperOffload() {
   return &gate;
 }
 
+const Gate* UnusedGate() {
+  static const Gate& gate = *new Gate{  // tidy: allow (never destroyed)
+      "zero_optimization.stage 1 or 2", {"zero_optimization.stage"},
+      [](const C& c) { return c.zero.stage == 1 || c.zero.stage == 2; }};
+  return &gate;
+}
+
 constexpr char kNvmeLater[] = "state on NVMe comes later";
-constexpr char kCheckpointsLater[] = "checkpoints come later";
+constexpr char kLoads[] =
+    "it is for load_checkpoint(), which comes later; training has no use for it";
 constexpr char kZeroPlusPlus[] = "ZeRO++ comes later";
 
 #define SLOT(member) [](C& c) -> Slot { return &c.zero.member; }
@@ -50,42 +58,48 @@ void AppendStage3Keys(std::vector<ConfigKey>* keys) {
       {.path = "zero_optimization.stage3_prefetch_bucket_size",
        .note = "elements that are gathered ahead along the last step's trace; 0: none",
        .slot = SLOT(prefetch_bucket_size), .min = 0, .max = kCountMax},
-      {.path = "zero_optimization.stage3_model_persistence_threshold", .served = Served::kNotYet,
-       .note = "the sum of what stays gathered is not bounded yet",
+      {.path = "zero_optimization.stage3_model_persistence_threshold",
+       .note = "the sum of the units that stay gathered, the smallest first, is at most so many "
+               "elements",
        .slot = SLOT(model_persistence_threshold), .min = 0, .max = 9223372036854775807.0},
-      {.path = "zero_optimization.stage3_max_reuse_distance", .served = Served::kNotYet,
-       .note = "how soon a unit is used again does not choose yet what is kept",
+      {.path = "zero_optimization.stage3_max_reuse_distance", .served = Served::kNoMeaning,
+       .note = "a released unit stays as long as the window has room, and what is used again last "
+               "makes room first",
        .slot = SLOT(max_reuse_distance), .min = 0, .max = kCountMax},
-      {.path = "zero_optimization.stage3_module_granularity_threshold", .served = Served::kNotYet,
-       .note = "zerod.units names the modules that are gathered as one",
+      {.path = "zero_optimization.stage3_module_granularity_threshold",
+       .note = "modules of at most so many elements per module within are gathered as one, at "
+               "every stage; 0: none",
        .slot = SLOT(module_granularity_threshold), .min = 0, .max = kCountMax},
       {.path = "zero_optimization.stage3_gather_16bit_weights_on_model_save",
-       .served = Served::kNotYet, .note = "engine.state_dict() is complete at every stage",
+       .served = Served::kNoMeaning, .note = "engine.state_dict() is complete at every stage",
        .slot = SLOT(gather_16bit_weights_on_model_save)},
       {.path = "zero_optimization.stage3_use_all_reduce_for_fetch_params",
        .served = Served::kNoMeaning,
        .note = "shards go from their owner to those who want them, with no collective to choose",
        .slot = SLOT(use_all_reduce_for_fetch_params)},
-      {.path = "zero_optimization.stage3_allgather_sequential", .served = Served::kNotYet,
-       .note = "stage3_prefetch_bucket_size bounds what is gathered ahead",
+      {.path = "zero_optimization.stage3_allgather_sequential",
+       .note = "one unit is gathered at a time",
        .slot = SLOT(allgather_sequential)},
       {.path = "zero_optimization.memory_efficient_linear", .served = Served::kNoMeaning,
        .note = "a parameter has one address for life, so autograd saves no copy of it",
        .slot = SLOT(memory_efficient_linear)},
-      {.path = "zero_optimization.override_module_apply", .served = Served::kNotYet,
-       .note = "there is no zero.Init yet", .slot = SLOT(override_module_apply)},
-      {.path = "zero_optimization.log_trace_cache_warnings", .served = Served::kNotYet,
-       .note = "a changed trace is not logged", .slot = SLOT(log_trace_cache_warnings)},
+      {.path = "zero_optimization.override_module_apply", .served = Served::kNoMeaning,
+       .note = "a model is whole until initialize(), so its apply() works as it is",
+       .slot = SLOT(override_module_apply)},
+      {.path = "zero_optimization.log_trace_cache_warnings",
+       .note = "a warning where a step gathers in another order than the one before",
+       .slot = SLOT(log_trace_cache_warnings)},
       {.path = "zero_optimization.enable_sanity_checks", .served = Served::kNoMeaning,
        .note = "the checks are always on", .slot = SLOT(enable_sanity_checks)},
-      {.path = "zero_optimization.leaf_module.classes", .served = Served::kNotYet,
-       .note = "zerod.units names the modules that are gathered as one",
+      {.path = "zero_optimization.leaf_module.classes",
+       .note = "modules of these classes are gathered as one; names with or without the module's; "
+               "also zerod.set_z3_leaf_modules",
        .slot = SLOT(leaf_module.classes)},
-      {.path = "zero_optimization.leaf_module.names", .served = Served::kNotYet,
-       .note = "zerod.units names the modules that are gathered as one",
+      {.path = "zero_optimization.leaf_module.names",
+       .note = "the modules of these paths likewise; zerod.units comes first",
        .slot = SLOT(leaf_module.names)},
-      {.path = "zero_optimization.leaf_module.name_suffixes", .served = Served::kNotYet,
-       .note = "zerod.units names the modules that are gathered as one",
+      {.path = "zero_optimization.leaf_module.name_suffixes",
+       .note = "the modules whose paths end so likewise",
        .slot = SLOT(leaf_module.name_suffixes)},
   };
   keys->insert(keys->end(), stage3.begin(), stage3.end());
@@ -93,16 +107,18 @@ void AppendStage3Keys(std::vector<ConfigKey>* keys) {
 
 void AppendGradientKeys(std::vector<ConfigKey>* keys) {
   const std::vector<ConfigKey> gradients = {
-      {.path = "zero_optimization.reduce_bucket_size", .served = Served::kNotYet,
-       .note = "a unit is what is reduced at once", .slot = SLOT(reduce_bucket_size), .min = 1,
-       .max = kCountMax},
-      {.path = "zero_optimization.allgather_bucket_size", .served = Served::kNotYet,
-       .note = "a unit is what is gathered at once", .slot = SLOT(allgather_bucket_size), .min = 0,
-       .max = kCountMax},
-      {.path = "zero_optimization.overlap_comm", .served = Served::kNotYet,
-       .note = "reducing beside the backward pass cannot be switched off; true is served at every "
-               "stage",
-       .slot = SLOT(overlap_comm), .also = "true"},
+      {.path = "zero_optimization.reduce_bucket_size",
+       .note = "elements of gradients that are in flight between nodes at once, 262144 at least "
+               "and in 32 MiB of buffers at most",
+       .slot = SLOT(reduce_bucket_size), .min = 1, .max = kCountMax},
+      {.path = "zero_optimization.allgather_bucket_size",
+       .note = "elements of parameters that are in flight between nodes at once, 262144 at least "
+               "and in 32 MiB of buffers at most",
+       .slot = SLOT(allgather_bucket_size), .min = 0, .max = kCountMax},
+      {.path = "zero_optimization.overlap_comm", .served = Served::kWorksBetter,
+       .note = "at every stage, and null means true; false: nothing is reduced before the backward "
+               "pass has ended",
+       .slot = SLOT(overlap_comm)},
       {.path = "zero_optimization.contiguous_gradients", .served = Served::kNoMeaning,
        .note = "gradients lie contiguous in shared memory, unit by unit, always",
        .slot = SLOT(contiguous_gradients)},
@@ -121,23 +137,32 @@ void AppendGradientKeys(std::vector<ConfigKey>* keys) {
       {.path = "zero_optimization.parameter_alignment", .served = Served::kNoMeaning,
        .note = "every parameter starts at a multiple of 32 elements",
        .slot = SLOT(parameter_alignment)},
-      {.path = "zero_optimization.compute_grad_norm", .served = Served::kNotYet,
-       .note = "the norm is computed where gradient_clipping needs it",
+      {.path = "zero_optimization.compute_grad_norm", .served = Served::kWorksBetter,
+       .note = "at every stage; false: the norm is computed where gradient_clipping needs it",
        .slot = SLOT(compute_grad_norm)},
-      {.path = "zero_optimization.ignore_unused_parameters", .served = Served::kNotYet,
-       .note = "a parameter without a gradient is not an error; see zerod.unused_parameters",
-       .slot = SLOT(ignore_unused_parameters)},
-      {.path = "zero_optimization.sub_group_size", .served = Served::kNotYet,
-       .note = "the optimizer's tile cannot be chosen yet", .slot = SLOT(sub_group_size), .min = 0,
-       .max = kCountMax},
-      {.path = "zero_optimization.save_muon_momentum_buffer_in_memory", .served = Served::kNotYet,
-       .note = "Muon comes later", .slot = SLOT(save_muon_momentum_buffer_in_memory)},
-      {.path = "zero_optimization.load_from_fp32_weights", .served = Served::kNotYet,
-       .note = kCheckpointsLater, .slot = SLOT(load_from_fp32_weights)},
-      {.path = "zero_optimization.elastic_checkpoint", .served = Served::kNotYet,
-       .note = kCheckpointsLater, .slot = SLOT(elastic_checkpoint)},
-      {.path = "zero_optimization.pipeline_loading_checkpoint", .served = Served::kNotYet,
-       .note = kCheckpointsLater, .slot = SLOT(pipeline_loading_checkpoint)},
+      {.path = "zero_optimization.ignore_unused_parameters",
+       .note = "false: a step in which a parameter has no gradient on any rank fails and names it; "
+               "true: see zerod.unused_parameters",
+       .slot = SLOT(ignore_unused_parameters), .gate = UnusedGate()},
+      {.path = "zero_optimization.sub_group_size", .served = Served::kNoMeaning,
+       .note = "the optimizer works in place, with no memory that a tile would bound",
+       .slot = SLOT(sub_group_size), .min = 0, .max = kCountMax},
+      {.path = "zero_optimization.save_muon_momentum_buffer_in_memory",
+       .served = Served::kNoMeaning, .note = "all state is in memory",
+       .slot = SLOT(save_muon_momentum_buffer_in_memory)},
+      {.path = "zero_optimization.load_from_fp32_weights", .served = Served::kNoMeaning,
+       .note = kLoads, .slot = SLOT(load_from_fp32_weights)},
+      {.path = "zero_optimization.elastic_checkpoint", .served = Served::kNoMeaning,
+       .note = "it is for save_checkpoint(), which comes later; training has no use for it",
+       .slot = SLOT(elastic_checkpoint)},
+      {.path = "zero_optimization.pipeline_loading_checkpoint", .served = Served::kNoMeaning,
+       .note = kLoads, .slot = SLOT(pipeline_loading_checkpoint)},
+  };
+  keys->insert(keys->end(), gradients.begin(), gradients.end());
+}
+
+void AppendUnservedKeys(std::vector<ConfigKey>* keys) {
+  const std::vector<ConfigKey> unserved = {
       {.path = "zero_optimization.legacy_stage1", .served = Served::kNever,
        .note = "DeepSpeed refuses it too"},
       {.path = "zero_optimization.zenflow", .served = Served::kNever,
@@ -158,7 +183,7 @@ void AppendGradientKeys(std::vector<ConfigKey>* keys) {
       {.path = "zero_optimization.zero_quantized_gradients", .served = Served::kNotYet,
        .note = kZeroPlusPlus, .slot = SLOT(quantized_gradients)},
   };
-  keys->insert(keys->end(), gradients.begin(), gradients.end());
+  keys->insert(keys->end(), unserved.begin(), unserved.end());
 }
 
 void AppendOffloadParamKeys(std::vector<ConfigKey>* keys) {
@@ -226,6 +251,7 @@ void AppendOffloadOptimizerKeys(std::vector<ConfigKey>* keys) {
 void AppendZeroKeys(std::vector<ConfigKey>* keys) {
   AppendStage3Keys(keys);
   AppendGradientKeys(keys);
+  AppendUnservedKeys(keys);
   AppendOffloadParamKeys(keys);
   AppendOffloadOptimizerKeys(keys);
 }

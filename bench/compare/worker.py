@@ -97,7 +97,9 @@ def build(args, config):
         import zerod
         ds = {"train_micro_batch_size_per_gpu": config["batch"], "gradient_clipping": 0.0,
               "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.01}},
-              "zero_optimization": {"stage": args.stage}, "zerod": json.loads(args.zerod)}
+              # DDP and FSDP2 compute no norm either.
+              "zero_optimization": {"stage": args.stage, "compute_grad_norm": False},
+              "zerod": json.loads(args.zerod)}
         engine, *_ = zerod.initialize(model=model, config=ds)
         del model
         info = engine.client.plan_text if hasattr(engine, "client") else ""

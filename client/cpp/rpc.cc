@@ -29,6 +29,7 @@ void FillModel(const AttachOptions& options, v1::Model* model) {
     out->set_path(module.path);
     out->set_type(module.type);
     out->set_is_container(module.is_container);
+    out->set_leaf(module.leaf);
   }
   for (const ParameterInfo& parameter : options.parameters) {
     v1::Parameter* out = model->add_parameters();

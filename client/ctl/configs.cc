@@ -42,7 +42,7 @@ absl::StatusOr<ParseOptions> OptionsOf(const CheckConfigArguments& arguments) {
 
 }  // namespace
 
-absl::Status CheckConfig(const CheckConfigArguments& arguments, bool json) {
+absl::StatusOr<ParsedConfig> ReadConfig(const CheckConfigArguments& arguments) {
   std::ifstream in(arguments.file);
   if (!in.good()) {
     return absl::NotFoundError(
@@ -50,7 +50,11 @@ absl::Status CheckConfig(const CheckConfigArguments& arguments, bool json) {
   }
   const std::string text((std::istreambuf_iterator<char>(in)), {});
   ASSIGN_OR_RETURN(const ParseOptions options, OptionsOf(arguments));
-  ASSIGN_OR_RETURN(const ParsedConfig parsed, ParseConfig(text, options));
+  return ParseConfig(text, options);
+}
+
+absl::Status CheckConfig(const CheckConfigArguments& arguments, bool json) {
+  ASSIGN_OR_RETURN(const ParsedConfig parsed, ReadConfig(arguments));
   std::fputs((json ? DescribeConfigAsJson(parsed) : DescribeConfig(parsed)).c_str(), stdout);
   return absl::OkStatus();
 }

@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "base/config_parse.h"
 
 namespace zerod::ctl {
 
@@ -18,6 +20,9 @@ struct CheckConfigArguments {
   std::vector<std::string> values;  // "key=value"
   bool deepspeed = false;
 };
+
+// All problems, a line each, where there are any.
+absl::StatusOr<ParsedConfig> ReadConfig(const CheckConfigArguments& arguments);
 
 // Prints what the file comes to and where each value is from; all problems, a line each, otherwise.
 absl::Status CheckConfig(const CheckConfigArguments& arguments, bool json);

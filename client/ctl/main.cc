@@ -18,6 +18,8 @@
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "client/ctl/configs.h"
+#include "client/ctl/models.h"
+#include "client/ctl/plans.h"
 #include "client/ctl/rpc.h"
 #include "client/ctl/tables.h"
 
@@ -31,6 +33,7 @@ struct Arguments {
   double interval_seconds = 1;
   std::string job;
   CheckConfigArguments check;
+  PlanArguments plan;
 };
 
 std::string DefaultAddress() {
@@ -84,6 +87,35 @@ absl::Status Top(Daemon* daemon, const Arguments& arguments) {
   return absl::OkStatus();
 }
 
+// What "auto" becomes in the file.
+void AddAutoOptions(CLI::App* command, CheckConfigArguments* arguments) {
+  command->add_option("--hidden-size", arguments->hidden_sizes,
+                      "The model's, for \"auto\"; the largest of several counts");
+  command->add_option("--auto", arguments->values,
+                      "KEY=VALUE: what \"auto\" becomes, for example optimizer.params.lr=1e-4");
+  command->add_flag("--deepspeed", arguments->deepspeed,
+                    "As through a door for DeepSpeed's files: unknown keys at the top are "
+                    "warnings");
+}
+
+CLI::App* AddPlan(CLI::App* app, PlanArguments* arguments) {
+  CLI::App* const plan = app->add_subcommand(
+      "plan", "The memory and the traffic of a job, before it runs");
+  plan->add_option("--config", arguments->config.file, "JSON in DeepSpeed's shape")->required();
+  CLI::Option_group* const model = plan->add_option_group("model", "What is trained");
+  model->add_option("--params", arguments->parameters, "A transformer of so many parameters")
+      ->check(CLI::Range(uint64_t{1}, uint64_t{1} << 40));
+  model->add_option("--model", arguments->model, "One of " + ModelNames());
+  model->require_option(1);
+  plan->add_option("--nodes", arguments->nodes, "[1]");
+  plan->add_option("--ranks", arguments->config.world, "In all, as many on each node [1]");
+  plan->add_option("--node-memory", arguments->node_memory_bytes,
+                   "Bytes that each node has for the job; they decide the gradient plan")
+      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/false));
+  AddAutoOptions(plan, &arguments->config);
+  return plan;
+}
+
 int Main(int argc, char** argv) {
   CLI::App app("zerodctl: looks at a zerod of this node, and tells it what to do.", "zerodctl");
   Arguments arguments;
@@ -107,12 +139,8 @@ int Main(int argc, char** argv) {
       "check-config", "What a configuration comes to and why, without a daemon");
   check->add_option("file", arguments.check.file, "JSON in DeepSpeed's shape")->required();
   check->add_option("--world", arguments.check.world, "The number of ranks [1]");
-  check->add_option("--hidden-size", arguments.check.hidden_sizes,
-                    "The model's, for \"auto\"; the largest of several counts");
-  check->add_option("--auto", arguments.check.values,
-                    "KEY=VALUE: what \"auto\" becomes, for example optimizer.params.lr=1e-4");
-  check->add_flag("--deepspeed", arguments.check.deepspeed,
-                  "As through a door for DeepSpeed's files: unknown keys at the top are warnings");
+  AddAutoOptions(check, &arguments.check);
+  CLI::App* const plan = AddPlan(&app, &arguments.plan);
   CLI::App* const keys =
       app.add_subcommand("config-keys", "Every key of a configuration, as in docs/config.md");
   CLI11_PARSE(app, argc, argv);
@@ -129,6 +157,7 @@ int Main(int argc, char** argv) {
   }
   if (top->parsed()) result = Top(daemon.get(), arguments);
   if (drain->parsed()) result = daemon->Drain();
+  if (plan->parsed()) result = Plan(daemon.get(), arguments.plan, arguments.json);
   if (result.ok()) return 0;
   std::fprintf(stderr, "zerodctl: %s\n", std::string(result.message()).c_str());
   return 1;

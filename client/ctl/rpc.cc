@@ -40,6 +40,9 @@ class DaemonImpl final : public Daemon {
     return Call<v1::DrainResponse>(admin_.get(), &v1::Admin::Stub::Drain, v1::DrainRequest())
         .status();
   }
+  absl::StatusOr<v1::PlanResponse> Plan(const v1::PlanRequest& request) override {
+    return Call<v1::PlanResponse>(admin_.get(), &v1::Admin::Stub::Plan, request);
+  }
 
  private:
   template <typename Response, typename Stub, typename Request>

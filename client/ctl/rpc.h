@@ -22,6 +22,7 @@ class Daemon {
   virtual absl::StatusOr<v1::ListJobsResponse> ListJobs() = 0;
   virtual absl::Status DeleteJob(const std::string& id) = 0;
   virtual absl::Status Drain() = 0;
+  virtual absl::StatusOr<v1::PlanResponse> Plan(const v1::PlanRequest& request) = 0;
 };
 
 }  // namespace zerod::ctl

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "client/ctl/tables.h"
 
+#include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -94,6 +96,81 @@ std::string Rate(uint64_t before, uint64_t now, double seconds) {
   return absl::StrCat(Bytes(static_cast<double>(now - before) / seconds), "/s");
 }
 
+// A row of a plan: a value for each node, or where those are many the least and the most.
+struct Row {
+  std::string label;
+  std::vector<uint64_t> bytes;
+};
+constexpr size_t kNodeColumnsMax = 4;
+
+std::string Header(const char* label, size_t nodes) {
+  std::string line = absl::StrFormat("%-24s", label);
+  if (nodes > kNodeColumnsMax) return line + absl::StrFormat("%13s%13s", "least", "most");
+  for (size_t i = 0; i < nodes; ++i) {
+    absl::StrAppendFormat(&line, "%13s", absl::StrCat("node ", i));
+  }
+  return line;
+}
+
+std::string Cells(const Row& row) {
+  std::string line = absl::StrFormat("%-24s", row.label);
+  std::vector<uint64_t> shown = row.bytes;
+  if (shown.size() > kNodeColumnsMax) {
+    const auto [least, most] = std::minmax_element(row.bytes.begin(), row.bytes.end());
+    shown = {*least, *most};
+  }
+  for (uint64_t bytes : shown) {
+    absl::StrAppendFormat(&line, "%13s", Bytes(static_cast<double>(bytes)));
+  }
+  return line;
+}
+
+Row RowOf(const v1::PlanResponse& plan, std::string label,
+          uint64_t (v1::MemberPlan::*bytes)() const) {
+  Row row{std::move(label), {}};
+  for (const v1::MemberPlan& member : plan.members()) row.bytes.push_back((member.*bytes)());
+  return row;
+}
+
+std::string MemoryTable(const v1::PlanResponse& plan) {
+  std::string text = Header("memory", plan.members().size()) + "\n";
+  for (int i = 0; i < plan.members(0).memory_size(); ++i) {
+    const v1::PlannedMemory& first = plan.members(0).memory(i);
+    Row row{absl::StrFormat("  %-7s%s", first.tier(), first.kind()), {}};
+    uint64_t sum = 0;
+    for (const v1::MemberPlan& member : plan.members()) {
+      row.bytes.push_back(member.memory(i).bytes());
+      sum += row.bytes.back();
+    }
+    if (sum > 0) absl::StrAppend(&text, Cells(row), "\n");
+  }
+  absl::StrAppend(&text, Cells(RowOf(plan, "  in all", &v1::MemberPlan::memory_bytes)), "\n",
+                  Cells(RowOf(plan, "  of it each rank's own", &v1::MemberPlan::rank_bytes)),
+                  "\n");
+  return text;
+}
+
+std::string TrafficTable(const v1::PlanResponse& plan) {
+  const std::pair<const char*, uint64_t (v1::MemberPlan::*)() const> kinds[] = {
+      {"  gathered", &v1::MemberPlan::bytes_gathered},
+      {"  scattered by ranks", &v1::MemberPlan::bytes_scattered},
+      {"  sent to other nodes", &v1::MemberPlan::bytes_sent},
+      {"  received from them", &v1::MemberPlan::bytes_received},
+  };
+  std::string text = absl::StrFormat("%s%13s%16s\n", Header("a step", plan.members().size()),
+                                     "in all", "per parameter");
+  for (const auto& [label, bytes] : kinds) {
+    const Row row = RowOf(plan, label, bytes);
+    uint64_t sum = 0;
+    for (uint64_t b : row.bytes) sum += b;
+    const double parameters =
+        static_cast<double>(plan.parameters()) * static_cast<double>(row.bytes.size());
+    absl::StrAppendFormat(&text, "%s%13s%14.2f B\n", Cells(row), Bytes(static_cast<double>(sum)),
+                          static_cast<double>(sum) / parameters);
+  }
+  return text;
+}
+
 }  // namespace
 
 std::string ToJson(const Message& message) { return Convert(message).dump(2) + "\n"; }
@@ -157,6 +234,18 @@ std::string JobsText(const v1::ListJobsResponse& jobs) {
     }
   }
   return text;
+}
+
+std::string PlanText(const std::string& name, const v1::PlanResponse& plan) {
+  return absl::StrFormat(
+      "%s: %d parameters in %d units, %s\n"
+      "ZeRO stage %d, %d node%s of %d rank%s, gradients %s, window %s of %s%s\n\n%s\n%s",
+      name, plan.parameters(), plan.units(), plan.dtype(), plan.stage(), plan.members_size(),
+      plan.members_size() == 1 ? "" : "s", plan.local_world(), plan.local_world() == 1 ? "" : "s",
+      plan.gradient_plan(), Bytes(static_cast<double>(plan.window_bytes())),
+      Bytes(static_cast<double>(plan.window_bytes_all())),
+      plan.window_is_master() ? ", which is the master copy" : "", MemoryTable(plan),
+      TrafficTable(plan));
 }
 
 std::string TopText(const v1::StatusResponse& s, const v1::ListJobsResponse& before,

@@ -20,6 +20,9 @@ std::string JobsText(const v1::ListJobsResponse& jobs);
 std::string TopText(const v1::StatusResponse& status, const v1::ListJobsResponse& before,
                     const v1::ListJobsResponse& now, double seconds);
 
+// What Admin.Plan says of the job of this name: memory by tier, and a step's traffic.
+std::string PlanText(const std::string& name, const v1::PlanResponse& plan);
+
 // "1.5 GiB".
 std::string Bytes(double bytes);
 

@@ -47,6 +47,7 @@ struct JobSpec {
   bool skip_nonfinite = false;
   std::optional<LossScaleSpec> loss_scale;  // nothing: clients say what they scaled by
   bool untouched_as_zero = false;  // zerod.unused_parameters = "zero"
+  bool refuse_untouched = false;   // ignore_unused_parameters false: the step fails
   uint64_t prefetch_elements = 0;
   // What is being gathered at once, more waits at member 0: two units of a large model, one that
   // moves and one that follows it, or dozens of a small one, so that their turn-around hides.

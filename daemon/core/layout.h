@@ -26,6 +26,7 @@ struct ModuleDescription {
   std::string path;  // "" is the root, which comes first; a parent comes before its children
   std::string type;  // equal strings: like siblings
   bool is_container = false;  // a ModuleList or Sequential
+  bool leaf = false;  // gathered as one: the parameters of all modules within are its unit's
 };
 
 struct ParameterDescription {

@@ -13,8 +13,13 @@ namespace {
 
 constexpr uint64_t kChunkBytes = 64 * 1024;
 constexpr uint64_t kPage = 4096;
+// Without a bucket: two units of a large model, one that moves and one that follows it, or dozens
+// of a small one, so that their turn-around hides.
+constexpr uint64_t kInFlightElementsMax = 8 << 20;
+constexpr uint64_t kPiecesMax = 1 << 19;  // of a movement, so that each has a tag
 
-uint64_t PageUp(uint64_t n) { return (n + kPage - 1) / kPage * kPage; }
+uint64_t RoundUp(uint64_t n, uint64_t to) { return (n + to - 1) / to * to; }
+uint64_t PageUp(uint64_t n) { return RoundUp(n, kPage); }
 uint64_t ChunksFor(uint64_t bytes) { return (bytes + kChunkBytes - 1) / kChunkBytes; }
 
 struct LiveSet {
@@ -38,6 +43,26 @@ LiveSet LargestLiveSet(const Layout& layout, const std::vector<bool>& pinned) {
   return largest;
 }
 
+// The units that stay gathered at stage 3: those that are small enough, the smallest first, as
+// long as their sum is.
+std::vector<bool> PersistentUnits(const Config& config, const Layout& layout) {
+  std::vector<UnitIndex> small;
+  for (UnitIndex u = 0; u < layout.units().size(); ++u) {
+    if (layout.units()[u].elements < config.zero.param_persistence_threshold) small.push_back(u);
+  }
+  std::stable_sort(small.begin(), small.end(), [&](UnitIndex a, UnitIndex b) {
+    return layout.units()[a].elements < layout.units()[b].elements;
+  });
+  std::vector<bool> persistent(layout.units().size(), false);
+  uint64_t left = config.zero.model_persistence_threshold;
+  for (UnitIndex u : small) {
+    if (layout.units()[u].elements > left) break;
+    left -= layout.units()[u].elements;
+    persistent[u] = true;
+  }
+  return persistent;
+}
+
 absl::StatusOr<WindowSpec> PlanWindow(const Config& config, const Layout& layout,
                                       uint32_t members) {
   const auto& units = layout.units();
@@ -57,11 +82,10 @@ absl::StatusOr<WindowSpec> PlanWindow(const Config& config, const Layout& layout
     return spec;
   }
 
+  spec.resident = spec.pinned = PersistentUnits(config, layout);
   uint64_t pinned_chunks = 0;
   for (UnitIndex u = 0; u < units.size(); ++u) {
-    const bool persistent = units[u].elements < config.zero.param_persistence_threshold;
-    spec.resident[u] = spec.pinned[u] = persistent;
-    if (persistent) pinned_chunks += units[u].chunks;
+    if (spec.pinned[u]) pinned_chunks += units[u].chunks;
   }
   // More than all of them is as good as all of them, and does not overflow.
   const uint64_t live_chunks =
@@ -94,6 +118,8 @@ absl::StatusOr<WindowSpec> PlanWindow(const Config& config, const Layout& layout
   return spec;
 }
 
+// Every part of a unit has a multiple of the parameters' alignment, so an array of them has no
+// gaps; each array is reserved in whole pages.
 void PlanState(const Config& config, const Layout& layout, uint32_t members, MemberIndex self,
                JobPlan* plan) {
   const Partition partition(layout, members);
@@ -110,16 +136,27 @@ void PlanState(const Config& config, const Layout& layout, uint32_t members, Mem
   if (plan->master_in_window) {
     m.parameters = window_bytes;
   } else {
-    m.parameters = 4 * (stage == 0 || members == 1 ? layout.elements() : shard);
+    m.parameters = PageUp(4 * (stage == 0 || members == 1 ? layout.elements() : shard));
     (stage < 3 ? m.copies : m.window) = window_bytes;
-    if (!fp32 && stage == 3 && members > 1) m.copies = 2 * shard;
+    if (!fp32 && stage == 3 && members > 1) m.copies = PageUp(2 * shard);
   }
   if (members > 1) {
-    m.gradients = 4 * (stage <= 1 ? layout.trainable_elements() : trainable_shard);
-    m.staging = kStagingBytes;
+    m.gradients = PageUp(4 * (stage <= 1 ? layout.trainable_elements() : trainable_shard));
   }
-  m.moments = 4 * layout.state_tensors() *
-              (stage == 0 ? layout.trainable_elements() : trainable_shard);
+  m.moments = layout.state_tensors() *
+              PageUp(4 * (stage == 0 ? layout.trainable_elements() : trainable_shard));
+}
+
+void PlanTransfers(const Config& config, const Layout& layout, uint32_t members, JobPlan* plan) {
+  const Config::ZeroOptimization& zero = config.zero;
+  plan->gather_piece_elements = PieceElements(layout, members, zero.allgather_bucket_size);
+  plan->reduce_piece_elements = PieceElements(layout, members, zero.reduce_bucket_size);
+  plan->in_flight_elements =
+      std::min(kInFlightElementsMax, std::max(zero.allgather_bucket_size, kBucketElementsMin));
+  if (zero.allgather_sequential) plan->in_flight_elements = 1;  // so one unit at a time
+  if (members == 1) return;
+  const uint64_t piece = std::max(plan->gather_piece_elements, plan->reduce_piece_elements);
+  plan->memory.staging = PageUp(kPiecesInFlight * 2 * sizeof(float) * (members - 1) * piece);
 }
 
 void PlanGradients(const Config& config, const Layout& layout, uint32_t local_world, bool node_sum,
@@ -152,7 +189,7 @@ void PlanGradients(const Config& config, const Layout& layout, uint32_t local_wo
                                 : largest + std::min(largest, 2 * second);
     plan->staging_bytes = PageUp(std::max(wanted, largest));
     plan->gradient_file_bytes = std::max(plan->staging_bytes, kPage);
-    m.accumulator = 4 * layout.trainable_elements();
+    m.accumulator = PageUp(4 * layout.trainable_elements());
   }
   m.client_gradients = plan->gradient_file_bytes * local_world;
 }
@@ -192,6 +229,18 @@ uint64_t MemoryPlan::total() const {
   return sum;
 }
 
+uint64_t PieceElements(const Layout& layout, uint32_t members, uint64_t bucket_elements) {
+  constexpr uint64_t kStep = 1024;
+  uint64_t largest = 1;
+  for (const Unit& unit : layout.units()) largest = std::max(largest, unit.elements);
+  const uint64_t peers = members > 1 ? members - 1 : 1;
+  const uint64_t fitting = kStagingBytes / kPiecesInFlight / (2 * sizeof(float) * peers);
+  const uint64_t bucket =
+      std::max(bucket_elements, kBucketElementsMin) / (kPiecesInFlight * members);
+  const uint64_t wanted = std::max(bucket / kStep * kStep, RoundUp(largest / kPiecesMax, kStep));
+  return std::min({uint64_t{1} << 20, fitting / kStep * kStep, wanted, RoundUp(largest, kStep)});
+}
+
 absl::StatusOr<JobPlan> PlanJob(const Config& config, const Layout& layout, uint32_t members,
                                 MemberIndex self, uint32_t local_world, uint64_t available_bytes) {
   if (config.zerod.master_remainder) {
@@ -201,10 +250,14 @@ absl::StatusOr<JobPlan> PlanJob(const Config& config, const Layout& layout, uint
   JobPlan plan;
   ASSIGN_OR_RETURN(plan.window, PlanWindow(config, layout, members));
   PlanState(config, layout, members, self, &plan);
+  PlanTransfers(config, layout, members, &plan);
   plan.transfer_values_bytes = kTransferValuesBytes;
   plan.transfer_bytes = kTransferValuesBytes + PageUp(config.zerod.client_state_bytes_max);
-  plan.memory.control = local_world * (plan.transfer_bytes + (256 << 10)) +
-                        PageUp(layout.chunks() * 4) + PageUp(layout.units().size() * 8) + kPage;
+  const uint64_t client_control = plan.transfer_bytes + kRingBytes +
+                                  PageUp(layout.units().size() * 4) +
+                                  PageUp(layout.parameters().size());
+  plan.memory.control = local_world * client_control + PageUp(layout.chunks() * 4) +
+                        PageUp(layout.units().size() * 8) + kPage;
 
   bool node_sum = config.zerod.gradient_plan == GradientPlanChoice::kNodeSum;
   PlanGradients(config, layout, local_world, node_sum, &plan);
@@ -213,6 +266,7 @@ absl::StatusOr<JobPlan> PlanJob(const Config& config, const Layout& layout, uint
       plan.memory.total() > available_bytes / 10 * 9) {
     PlanGradients(config, layout, local_world, /*node_sum=*/true, &plan);
   }
+  plan.client_bytes = plan.gradient_file_bytes + client_control;
   plan.text = Describe(config, layout, members, local_world, plan);
   return plan;
 }

@@ -26,9 +26,10 @@ namespace zerod::core {
 //               fp32 the window is the master copy: counted as parameters
 //   accumulator node_sum: the node's sum of its clients' gradients
 //   client_gradients  all clients' gradient files
-//   staging     buffers of transfers in flight
+//   staging     buffers of pieces in flight between members
 //   set_aside   node_sum: gradients that left their clients' staging before their turn. Taken at
 //               need and given back with the step, one gradient at most: not part of the plan
+//   control     rings, tables, transfer areas
 struct MemoryPlan {
   uint64_t parameters = 0;
   uint64_t copies = 0;
@@ -39,7 +40,7 @@ struct MemoryPlan {
   uint64_t client_gradients = 0;
   uint64_t staging = 0;
   uint64_t set_aside = 0;
-  uint64_t control = 0;  // rings, tables, transfer areas
+  uint64_t control = 0;
   uint64_t total() const;
   std::vector<std::pair<std::string, uint64_t>> Named() const;
 };
@@ -54,12 +55,28 @@ struct JobPlan {
   uint64_t staging_bytes = 0;               // node_sum: of each gradient file
   uint64_t transfer_values_bytes = 0;       // the values area of each transfer file
   uint64_t transfer_bytes = 0;
+  uint64_t client_bytes = 0;                // of a client's files, gradients and transfers included
+  // What is moved between members is cut into pieces of this many elements of each member's part.
+  uint64_t gather_piece_elements = 0;
+  uint64_t reduce_piece_elements = 0;
+  // Member 0 begins no further gather while so many elements are being gathered.
+  uint64_t in_flight_elements = 0;
   MemoryPlan memory;
   std::string text;  // for the log and AttachResponse.plan_text
 };
 
 inline constexpr uint64_t kTransferValuesBytes = 4 << 20;
-inline constexpr uint64_t kStagingBytes = 32 << 20;  // engine's pool for pieces in flight
+// Of a client's rings and its trace: proto/shm/format.h's sizes, which tests/core compares.
+inline constexpr uint64_t kRingBytes = 84 << 10;
+inline constexpr uint64_t kStagingBytes = 32 << 20;  // at most, of all pieces in flight
+inline constexpr uint32_t kPiecesInFlight = 4;
+// The smallest of the buckets: with less in flight a network waits for messages.
+inline constexpr uint64_t kBucketElementsMin = 1 << 18;
+
+// Elements of a piece of each member's part: kPiecesInFlight pieces of all members are no more than
+// `bucket_elements` (kBucketElementsMin counts for less) and fit with all peers into kStagingBytes.
+// The same on all members: a function of its arguments alone.
+uint64_t PieceElements(const Layout& layout, uint32_t members, uint64_t bucket_elements);
 
 // `available_bytes`: what the node can give, for choosing the gradient plan. FAILED_PRECONDITION
 // or RESOURCE_EXHAUSTED with the value that works where the window cannot.

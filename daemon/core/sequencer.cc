@@ -354,6 +354,13 @@ void Sequencer::MaybeDecide(std::vector<Entry>* out) {
       if (m.norm->touched[p]) d.touched[p] = true;
     }
   }
+  if (spec_->refuse_untouched) {
+    d.reason = Untouched(d.touched);
+    if (!d.reason.empty()) {
+      d.kind = Decision::Kind::kRefuse;
+      return Commit(std::move(d), out);
+    }
+  }
   for (size_t p = 0; spec_->untouched_as_zero && p < d.touched.size(); ++p) {
     d.touched[p] = spec_->layout->parameters()[p].trainable;
   }
@@ -394,6 +401,24 @@ void Sequencer::SetLossScale(Decision* decision) {
   if (status.ok()) return;
   decision->kind = Decision::Kind::kRefuse;
   decision->reason = std::string(status.message());
+}
+
+// What to say of the trainable parameters that no rank touched; empty where there are none.
+std::string Sequencer::Untouched(const std::vector<bool>& touched) const {
+  constexpr size_t kNamesMax = 10;
+  std::vector<absl::string_view> names;
+  size_t count = 0;
+  for (size_t p = 0; p < touched.size(); ++p) {
+    const Parameter& parameter = spec_->layout->parameters()[p];
+    if (touched[p] || !parameter.trainable) continue;
+    if (++count <= kNamesMax) names.push_back(parameter.name);
+  }
+  if (count == 0) return "";
+  return absl::StrCat("no rank has a gradient in this step for ", absl::StrJoin(names, ", "),
+                      count > names.size() ? absl::StrCat(" and ", count - names.size(), " more")
+                                           : std::string(),
+                      ": use them in the forward pass, freeze them, or set "
+                      "zero_optimization.ignore_unused_parameters to true");
 }
 
 void Sequencer::Commit(Decision decision, std::vector<Entry>* out) {

@@ -70,6 +70,7 @@ class Sequencer {
   void Leave(Rank rank, std::vector<Entry>* out);
   void NewGeneration(std::vector<Entry>* out);
   std::string Disagreement() const;
+  std::string Untouched(const std::vector<bool>& touched) const;
   Entry& Add(EntryKind kind, std::vector<Entry>* out);
   void ResetStep();
 

@@ -65,6 +65,17 @@ const std::string* Innermost(const std::set<std::string>& boundaries, std::strin
   }
 }
 
+// The outermost of `leaves` around `path`, or null.
+const std::string* Outermost(const std::set<std::string>& leaves, std::string path) {
+  const std::string* outermost = nullptr;
+  for (;;) {
+    auto it = leaves.find(path);
+    if (it != leaves.end()) outermost = &*it;
+    if (path.empty()) return outermost;
+    path = Parent(path);
+  }
+}
+
 absl::Status CheckModules(const ModelDescription& model,
                           const std::map<std::string, std::string>& overrides) {
   std::set<std::string> paths;
@@ -108,6 +119,10 @@ absl::StatusOr<UnitAssignment> AssignUnits(const ModelDescription& model,
                                            const std::map<std::string, std::string>& overrides) {
   RETURN_IF_ERROR(CheckModules(model, overrides));
   const std::set<std::string> siblings = LikeSiblings(model);
+  std::set<std::string> leaves;
+  for (const ModuleDescription& m : model.modules) {
+    if (m.leaf) leaves.insert(m.path);
+  }
   std::set<std::string> forced;
   std::map<std::string, std::string> home_of_name;  // override unit name -> module path
   for (const auto& [path, name] : overrides) {
@@ -122,6 +137,8 @@ absl::StatusOr<UnitAssignment> AssignUnits(const ModelDescription& model,
     for (const std::string& m : p.modules) lca = CommonAncestor(lca, m);
     if (const std::string* f = Innermost(forced, lca)) {
       home.push_back(home_of_name[overrides.at(*f)]);
+    } else if (const std::string* l = Outermost(leaves, lca)) {
+      home.push_back(*l);
     } else if (const std::string* s = Innermost(siblings, lca)) {
       home.push_back(*s);
     } else {

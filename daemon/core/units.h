@@ -2,7 +2,8 @@
 //
 // Which module's gather brings which parameters. A unit is an element of a ModuleList or
 // Sequential of like siblings, else the lowest module with parameters; a parameter that several
-// modules use belongs to the unit of their lowest common ancestor.
+// modules use belongs to the unit of their lowest common ancestor. What lies in a leaf module
+// belongs to the outermost one around it, and what `overrides` name comes before all.
 #pragma once
 
 #include <map>

@@ -196,7 +196,7 @@ void JobRunnerImpl::Do(core::StartReduce& action) {
   const absl::Time since = MonotonicNow();
   auto sources = book_->NodeSources(action.unit, action.step, action.round, Clients());
   mover_->Start(
-      action.seq, MakeReduce(&move_, action, std::move(sources)),
+      action.seq, MakeReduce(&reduce_, action, std::move(sources)),
       [this, action, since](absl::Status status) {
         if (!status.ok()) return job_->OnEntryDone(action.seq, status);
         metrics_->Observe(metrics::Latency::kReduce, SecondsSince(since));

@@ -100,8 +100,10 @@ absl::Status JobRunnerImpl::Reserve() {
   move_.self = request_.self;
   move_.stage = request_.config.zero.stage;
   move_.wire = WireType(request_.config, request_.layout->dtype());
-  move_.piece_elements = PieceElements(*request_.layout, request_.members, kMoverSlots);
-  const uint64_t staging_bytes = move_.StagingBytes() * kMoverSlots;
+  move_.piece_elements = plan_.gather_piece_elements;
+  reduce_ = move_;
+  reduce_.piece_elements = plan_.reduce_piece_elements;
+  const uint64_t staging_bytes = StagingBytes() * core::kPiecesInFlight;
   if (staging_bytes > 0) {
     ASSIGN_OR_RETURN(staging_, arena_->Allocate(absl::StrCat("staging of job ", request_.id),
                                                 staging_bytes, staging_bytes,
@@ -112,6 +114,11 @@ absl::Status JobRunnerImpl::Reserve() {
   side_ = std::make_unique<SideBuffer>(arena_, request_.id,
                                        request_.layout->trainable_elements() * sizeof(float));
   return absl::OkStatus();
+}
+
+// Of one piece of any movement.
+size_t JobRunnerImpl::StagingBytes() const {
+  return std::max(move_.StagingBytes(), reduce_.StagingBytes());
 }
 
 absl::Status JobRunnerImpl::Init(metrics::Metrics* metrics) {
@@ -131,8 +138,8 @@ absl::Status JobRunnerImpl::Init(metrics::Metrics* metrics) {
   workers_ = std::make_unique<Workers>(request_.worker_threads,
                                        4 * request_.layout->units().size() + 256, mailbox_.get());
   Mover::Options options;
-  options.slots = kMoverSlots;
-  options.slot_bytes = move_.StagingBytes();
+  options.slots = core::kPiecesInFlight;
+  options.slot_bytes = StagingBytes();
   options.staging = staging_.data();
   metrics_ = metrics->ForJob(request_.id);
   mover_ = std::make_unique<Mover>(options, workers_.get(), mailbox_.get(),

@@ -31,7 +31,6 @@
 
 namespace zerod::engine {
 
-inline constexpr size_t kMoverSlots = 4;
 // Messages of one member that wait for the loop; more end the job.
 inline constexpr uint32_t kPeerMessagesMax = 4096;
 // Requests of one client that are served before the others' turn comes.
@@ -81,6 +80,7 @@ class JobRunnerImpl : public JobRunner {
   // job_runner.cc
   absl::Status Plan();
   absl::Status Reserve();
+  size_t StagingBytes() const;
   void Call(const std::function<void()>& closure);  // on the loop, waits for it
   absl::StatusOr<Attachment> BeginAttach(const ClientInfo& info);
   absl::Status Watch(const ClientSlot& client);
@@ -159,6 +159,7 @@ class JobRunnerImpl : public JobRunner {
   std::unique_ptr<Mailbox> mailbox_;
   shm::UniqueFd epoll_;
   MoveContext move_;
+  MoveContext reduce_;  // the same, for gradients: pieces of another size
 
   // --- Synchronised by themselves.
   std::unique_ptr<metrics::JobMetrics> metrics_;

@@ -42,7 +42,11 @@ core::JobSpec MakeJobSpec(const JobRequest& request, const core::JobPlan& plan) 
   spec.skip_nonfinite = config.SkipsNonfinite();
   if (config.fp16.enabled) spec.loss_scale = LossScaleOf(config);
   spec.untouched_as_zero = config.zerod.unused_parameters == "zero";
+  // As in DeepSpeed, at the two stages alone.
+  spec.refuse_untouched = !config.zero.ignore_unused_parameters &&
+                          (config.zero.stage == 1 || config.zero.stage == 2);
   spec.prefetch_elements = config.zero.prefetch_bucket_size;
+  spec.in_flight_elements = plan.in_flight_elements;
   spec.window = plan.window;
   return spec;
 }

@@ -10,14 +10,6 @@ namespace zerod::engine {
 using core::MemberIndex;
 using core::Range;
 
-uint64_t PieceElements(const core::Layout& layout, uint32_t members, size_t slots) {
-  uint64_t largest = 1;
-  for (const core::Unit& unit : layout.units()) largest = std::max(largest, unit.elements);
-  const uint64_t peers = members > 1 ? members - 1 : 1;
-  const uint64_t fitting = core::kStagingBytes / slots / (2 * sizeof(float) * peers);
-  return std::min({uint64_t{1} << 20, fitting / 1024 * 1024, (largest + 1023) / 1024 * 1024});
-}
-
 size_t MoveContext::StagingBytes() const {
   return members() == 1 ? 0 : 2 * sizeof(float) * (members() - 1) * piece_elements;
 }

@@ -24,7 +24,7 @@ struct MoveContext {
   core::MemberIndex self = 0;
   uint32_t stage = 0;
   core::DType wire = core::DType::kFloat32;  // of gradients between members
-  uint64_t piece_elements = 0;  // the same on all members: see PieceElements
+  uint64_t piece_elements = 0;  // the same on all members: see core::PieceElements
 
   uint32_t members() const { return partition->members(); }
   // Staging of one piece: an area to send from, then one to receive into, per other member.
@@ -35,10 +35,6 @@ struct MoveContext {
   core::Range Cut(core::Range range, size_t piece) const;
   size_t Cuts(core::Range range) const;
 };
-
-// Elements of the largest piece, so that `slots` pieces with all their peers fit into
-// core::kStagingBytes. A function of its arguments alone.
-uint64_t PieceElements(const core::Layout& layout, uint32_t members, size_t slots);
 
 // Work on a piece is shared out among the workers in parts of this many elements.
 inline constexpr uint64_t kPartElements = 128 * 1024;

@@ -80,6 +80,8 @@ absl::Status CheckPlace(const v1::AttachRequest& r, const Limits& limits) {
   return absl::OkStatus();
 }
 
+}  // namespace
+
 absl::StatusOr<core::ModelDescription> ParseModel(const v1::Model& model, const Config& config) {
   core::ModelDescription description;
   switch (model.dtype()) {
@@ -98,7 +100,7 @@ absl::StatusOr<core::ModelDescription> ParseModel(const v1::Model& model, const 
   }
   description.modules.reserve(model.modules_size());
   for (const v1::Module& m : model.modules()) {
-    description.modules.push_back({m.path(), m.type(), m.is_container()});
+    description.modules.push_back({m.path(), m.type(), m.is_container(), m.leaf()});
   }
   description.parameters.reserve(model.parameters_size());
   for (const v1::Parameter& p : model.parameters()) {
@@ -119,8 +121,6 @@ absl::StatusOr<core::ModelDescription> ParseModel(const v1::Model& model, const 
   }
   return description;
 }
-
-}  // namespace
 
 absl::StatusOr<AttachArguments> ParseAttachRequest(const v1::AttachRequest& request,
                                                    const Limits& limits) {

@@ -15,6 +15,9 @@ namespace zerod::server {
 absl::StatusOr<AttachArguments> ParseAttachRequest(const v1::AttachRequest& request,
                                                    const Limits& limits);
 
+// A model as a client describes it, less what only the layout can tell. INVALID_ARGUMENT.
+absl::StatusOr<core::ModelDescription> ParseModel(const v1::Model& model, const Config& config);
+
 v1::AttachResponse MakeAttachResponse(const AttachArguments& arguments, const AttachResult& result);
 
 }  // namespace zerod::server

@@ -10,6 +10,7 @@
 #include "absl/time/clock.h"
 #include "daemon/server/attach_messages.h"
 #include "daemon/server/grpc_status.h"
+#include "daemon/server/plan_messages.h"
 #include "proto/shm/format.h"
 #include "proto/version.h"
 #include "spdlog/spdlog.h"
@@ -166,6 +167,14 @@ grpc::Status AdminService::Drain(grpc::ServerContext* /*context*/,
                                  const v1::DrainRequest* /*request*/,
                                  v1::DrainResponse* /*response*/) {
   drain_();
+  return grpc::Status::OK;
+}
+
+grpc::Status AdminService::Plan(grpc::ServerContext* /*context*/, const v1::PlanRequest* request,
+                                v1::PlanResponse* response) {
+  absl::StatusOr<v1::PlanResponse> plan = MakePlan(*request, limits_);
+  if (!plan.ok()) return ToGrpc(plan.status(), limits_.status_text_bytes_max);
+  *response = *std::move(plan);
   return grpc::Status::OK;
 }
 

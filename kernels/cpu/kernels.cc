@@ -14,6 +14,7 @@
 #include "hwy/foreach_target.h"
 //
 #include "hwy/highway.h"
+#include "kernels/cpu/norm_inl.h"
 #include "kernels/cpu/vector_inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -96,71 +97,23 @@ void AccumulateOf(const T* in, float* out, size_t n) {
 
 // --- Norm ------------------------------------------------------------------------------------
 
-// 16 sums in fp64, in whichever number of vectors that takes, and the largest magnitude seen.
-struct NormState {
-  alignas(64) double lanes[16] = {};
-  uint32_t magnitude_max = 0;
-};
-
-// n is a multiple of 16.
-void NormRun(const float* g, size_t n, NormState* state) {
-  using DD = hn::ScalableTag<double>;
-  using DHalf = hn::Rebind<float, DD>;
-  const DD dd;
-  const DHalf dh;
-  const hn::RebindToUnsigned<DHalf> du;
-  const hn::RebindToSigned<DHalf> di;
-  const size_t lanes = hn::Lanes(dd);
-  // Vectors are kept in registers only where they are variables of their own: 16 lanes are 2, 4 or
-  // 8 vectors of doubles.
-  constexpr size_t kVectors = 16 / hn::MaxLanes(DD());
-  hn::Vec<DD> sums[kVectors];
-  for (size_t j = 0; j < kVectors; ++j) sums[j] = hn::Load(dd, state->lanes + j * lanes);
-  auto largest = hn::Zero(di);
-  for (size_t i = 0; i < n; i += 16) {
-    PrefetchAhead(g + i);
-    for (size_t j = 0; j < kVectors; ++j) {
-      const auto narrow = hn::LoadU(dh, g + i + j * lanes);
-      const auto magnitude = hn::And(hn::BitCast(du, narrow), hn::Set(du, 0x7fffffff));
-      largest = hn::Max(largest, hn::BitCast(di, magnitude));
-      const auto wide = hn::PromoteTo(dd, narrow);
-      // The square of a float is exact in fp64, so that fusing the sum changes nothing.
-      sums[j] = hn::MulAdd(wide, wide, sums[j]);
-    }
-  }
-  for (size_t j = 0; j < kVectors; ++j) hn::Store(sums[j], dd, state->lanes + j * lanes);
-  const auto most = static_cast<uint32_t>(hn::GetLane(hn::MaxOfLanes(di, largest)));
-  state->magnitude_max = std::max(state->magnitude_max, most);
-}
-
 double SquaredNormImpl(const float* const* in, size_t count, size_t n, bool* nonfinite) {
   NormState state;
-  alignas(64) float buffer[kBlock];
-  const size_t whole = n - n % 16;
   if (count == 1) {
-    NormRun(in[0], whole, &state);
+    AddSquares(in[0], n, &state);
   } else {
-    for (size_t begin = 0; begin < whole; begin += kBlock) {
-      const size_t size = std::min(kBlock, whole - begin);
+    alignas(64) float buffer[kBlock];
+    for (size_t begin = 0; begin < n; begin += kBlock) {
+      const size_t size = std::min(kBlock, n - begin);
       SumBlock(in, count, begin, buffer, size);
-      NormRun(buffer, size, &state);
+      AddSquares(buffer, size, &state);
     }
-  }
-  if (whole < n) {
-    // Zeros change neither a sum of squares nor the largest magnitude.
-    alignas(64) float tail[16] = {};
-    for (size_t i = whole; i < n; ++i) {
-      tail[i - whole] = in[0][i];
-      for (size_t k = 1; k < count; ++k) tail[i - whole] += in[k][i];
-    }
-    NormRun(tail, 16, &state);
   }
   if (state.magnitude_max >= 0x7f800000) *nonfinite = true;
-  for (size_t half = 8; half > 0; half /= 2) {
-    for (size_t lane = 0; lane < half; ++lane) state.lanes[lane] += state.lanes[lane + half];
-  }
-  return state.lanes[0];
+  return Total(state);
 }
+
+// --- The master as two halves ----------------------------------------------------------------
 
 void SplitMasterImpl(const float* p, bfloat16* copy, uint16_t* remainder, size_t n) {
   const DU du;

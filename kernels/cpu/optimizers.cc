@@ -52,9 +52,7 @@ struct AdamWRule {
   explicit AdamWRule(const AdamWScalars& s)
       : gradient{Splat(s.grad_scale), Splat(s.l2)},
         decay(Splat(s.decay)),
-        weight(Splat(s.one_minus_beta1 < 0.5f ? s.one_minus_beta1 : s.one_minus_beta1 - 1.0f)),
-        from_gradient(hn::RebindMask(
-            DF(), hn::Ne(hn::Set(DU(), s.one_minus_beta1 < 0.5f ? 0 : 1), hn::Zero(DU())))),
+        to_gradient(s.one_minus_beta1),
         beta2(Splat(s.beta2)),
         one_minus_beta2(Splat(s.one_minus_beta2)),
         eps(Splat(s.eps)),
@@ -64,10 +62,9 @@ struct AdamWRule {
   HWY_INLINE VF Update(VF sum, VF p, float* m_at, float* v_at) const {
     const DF d;
     const VF g = gradient(sum, p);
-    VF m = hn::LoadU(d, m_at);
-    VF v = hn::LoadU(d, v_at);
-    m = hn::MulAdd(weight, hn::Sub(g, m), hn::IfThenElse(from_gradient, g, m));
-    v = hn::MulAdd(hn::Mul(one_minus_beta2, g), g, hn::Mul(beta2, v));
+    const VF m = to_gradient(hn::LoadU(d, m_at), g);
+    const VF v =
+        hn::MulAdd(hn::Mul(one_minus_beta2, g), g, hn::Mul(beta2, hn::LoadU(d, v_at)));
     hn::StoreU(m, d, m_at);
     hn::StoreU(v, d, v_at);
     const VF denominator = hn::MulAdd(hn::Sqrt(v), inverse_sqrt_bias2, eps);
@@ -75,8 +72,8 @@ struct AdamWRule {
   }
 
   Gradient<kL2> gradient;
-  VF decay, weight;
-  hn::Mask<DF> from_gradient;
+  VF decay;
+  Lerp to_gradient;
   VF beta2, one_minus_beta2, eps, step_size, inverse_sqrt_bias2;
 };
 

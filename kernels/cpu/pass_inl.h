@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "hwy/cache_control.h"
 #include "hwy/highway.h"
@@ -69,6 +70,19 @@ struct MasterSplit {
 
 HWY_INLINE VF Splat(float x) { return hn::Set(DF(), x); }
 
+// start + weight * (end - start), from whichever end is nearer.
+struct Lerp {
+  explicit Lerp(float weight)
+      : factor(Splat(weight < 0.5f ? weight : weight - 1.0f)),
+        from_end(hn::RebindMask(
+            DF(), hn::Ne(hn::Set(DU(), weight < 0.5f ? 0 : 1), hn::Zero(DU())))) {}
+  HWY_INLINE VF operator()(VF start, VF end) const {
+    return hn::MulAdd(factor, hn::Sub(end, start), hn::IfThenElse(from_end, end, start));
+  }
+  VF factor;
+  hn::Mask<DF> from_end;
+};
+
 // The scaled gradient, with L2 regularization where kL2.
 template <bool kL2>
 struct Gradient {
@@ -82,17 +96,18 @@ struct Gradient {
 
 // --- The pass --------------------------------------------------------------------------------
 
-template <bool kThere>
-HWY_INLINE float* StateAt(float* state, size_t i) {
+template <bool kThere, class State>
+HWY_INLINE State* StateAt(State* state, size_t i) {
   if constexpr (!kThere) return nullptr;
   return state + i;
 }
 
 // g (+ h, where kSources is 2) are the gradients of elements [begin, end), a multiple of two
-// vectors; the others are indexed from 0. `a` and `b`: the rule's states.
-template <size_t kSources, class Rule, class Master>
+// vectors; the others are indexed from 0. `a` and `b`: the rule's states, const where it only reads
+// them.
+template <size_t kSources, class Rule, class Master, class State>
 HWY_INLINE void Run(const Rule& rule, const float* g, const float* h, const Master& master,
-                    float* a, float* b, size_t begin, size_t end) {
+                    State* a, State* b, size_t begin, size_t end) {
   const DF d;
   const size_t lanes = hn::Lanes(d);
   const auto sum_at = [&](size_t i) HWY_ATTR {
@@ -118,9 +133,9 @@ HWY_INLINE void Run(const Rule& rule, const float* g, const float* h, const Mast
   }
 }
 
-template <class Rule, class Master>
+template <class Rule, class Master, class State>
 void Body(const Rule& rule, const float* const* grads, size_t count, const Master& master,
-          float* a, float* b, size_t begin, size_t end) {
+          State* a, std::type_identity_t<State>* b, size_t begin, size_t end) {
   if (count == 1) {
     Run<1>(rule, grads[0] + begin, nullptr, master, a, b, begin, end);
   } else if (count == 2) {
@@ -163,9 +178,9 @@ void AtEdges(const Edges& edges, size_t n, const float* const* grads, size_t cou
 }
 
 // The whole of [0, n): `edge(gradients, begin, size)` is the plain reference.
-template <class Rule, class Edge>
-void Pass(const Rule& rule, const float* const* grads, size_t count, float* p, float* a, float* b,
-          Copy copy, size_t n, const Edge& edge) {
+template <class Rule, class State, class Edge>
+void Pass(const Rule& rule, const float* const* grads, size_t count, float* p, State* a,
+          std::type_identity_t<State>* b, Copy copy, size_t n, const Edge& edge) {
   const Edges edges = FindEdges(copy.data(), n);
   AtEdges(edges, n, grads, count, edge);
   const auto body = [&](const auto& master) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels/cpu/reference.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 
@@ -44,11 +45,40 @@ float Gradient(float sum, float grad_scale, float l2, float p) {
   return l2 == 0 ? g : std::fma(l2, p, g);
 }
 
+float Lerp(float start, float end, float weight) {
+  const float distance = end - start;
+  return weight < 0.5f ? std::fma(weight, distance, start)
+                       : std::fma(weight - 1.0f, distance, end);
+}
+
+// The sum of squares by lanes.
+class Squares {
+ public:
+  void Add(size_t i, float x) {
+    const double wide = static_cast<double>(x);
+    lanes_[i % kLanes] += wide * wide;
+  }
+  double Total() const {
+    double lanes[kLanes];
+    std::copy(lanes_, lanes_ + kLanes, lanes);
+    for (size_t half = kLanes / 2; half > 0; half /= 2) {
+      for (size_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    }
+    return lanes[0];
+  }
+
+ private:
+  double lanes_[kLanes] = {};
+};
+
+float LambUpdate(const LambScalars& s, float p, float m, float v) {
+  const float denominator = s.eps_inside_sqrt ? std::sqrt(v + s.eps) : std::sqrt(v) + s.eps;
+  return std::fma(s.weight_decay, p, m / denominator);
+}
+
 float UpdateAt(const AdamWScalars& s, float sum, float p, float* m, float* v) {
   const float g = Gradient(sum, s.grad_scale, s.l2, p);
-  const float distance = g - *m;
-  *m = s.one_minus_beta1 < 0.5f ? std::fma(s.one_minus_beta1, distance, *m)
-                                : std::fma(s.one_minus_beta1 - 1.0f, distance, g);
+  *m = Lerp(*m, g, s.one_minus_beta1);
   *v = std::fma(s.one_minus_beta2 * g, g, s.beta2 * *v);
   const float denominator = std::fma(std::sqrt(*v), s.inverse_sqrt_bias2, s.eps);
   return p * s.decay - (s.step_size * *m) / denominator;
@@ -57,17 +87,13 @@ float UpdateAt(const AdamWScalars& s, float sum, float p, float* m, float* v) {
 }  // namespace
 
 double SquaredNorm(const float* const* in, size_t count, size_t n, bool* nonfinite) {
-  double lanes[kLanes] = {};
+  Squares squares;
   for (size_t i = 0; i < n; ++i) {
     const float g = SumAt(in, count, i);
     if ((Bits(g) & kMagnitudeMask) >= kInfinity) *nonfinite = true;
-    const double wide = static_cast<double>(g);
-    lanes[i % kLanes] += wide * wide;
+    squares.Add(i, g);
   }
-  for (size_t half = kLanes / 2; half > 0; half /= 2) {
-    for (size_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  }
-  return lanes[0];
+  return squares.Total();
 }
 
 void AdamW(const AdamWScalars& s, const float* const* grads, size_t count, float* p, float* m,
@@ -124,6 +150,48 @@ void Sgd(const SgdScalars& s, const float* const* grads, size_t count, float* p,
       g = s.nesterov ? std::fma(s.momentum, b[i], g) : b[i];
     }
     p[i] = std::fma(s.negative_lr, g, p[i]);
+    Store(copy, i, p[i]);
+  }
+}
+
+float LambMomentsAt(const LambScalars& s, float sum, float p, float* m, float* v) {
+  const float g = sum * s.grad_scale;
+  *m = std::fma(s.one_minus_beta1, g, s.beta1 * *m);
+  *v = std::fma(s.one_minus_beta2 * g, g, s.beta2 * *v);
+  return LambUpdate(s, p, *m, *v);
+}
+
+LambSquares LambMoments(const LambScalars& s, const float* const* grads, size_t count,
+                        const float* p, float* m, float* v, size_t n) {
+  Squares p_squares, u_squares;
+  for (size_t i = 0; i < n; ++i) {
+    p_squares.Add(i, p[i]);
+    u_squares.Add(i, LambMomentsAt(s, SumAt(grads, count, i), p[i], &m[i], &v[i]));
+  }
+  return {p_squares.Total(), u_squares.Total()};
+}
+
+void LambApply(const LambScalars& s, float trust_ratio, float* p, const float* m, const float* v,
+               Copy copy, size_t n) {
+  const float rate = s.step_size * trust_ratio;
+  for (size_t i = 0; i < n; ++i) {
+    p[i] = std::fma(-rate, LambUpdate(s, p[i], m[i], v[i]), p[i]);
+    Store(copy, i, p[i]);
+  }
+}
+
+void MuonMomentum(const MuonScalars& s, const float* const* grads, size_t count, float* m,
+                  float* u, size_t n) {
+  for (size_t i = 0; i < n; ++i) {
+    const float g = SumAt(grads, count, i) * s.grad_scale;
+    m[i] = Lerp(m[i], g, s.one_minus_momentum);
+    u[i] = s.nesterov ? Lerp(g, m[i], s.momentum) : m[i];
+  }
+}
+
+void MuonApply(const MuonScalars& s, const float* u, float* p, Copy copy, size_t n) {
+  for (size_t i = 0; i < n; ++i) {
+    p[i] = std::fma(s.negative_lr, u[i], p[i] * s.decay);
     Store(copy, i, p[i]);
   }
 }

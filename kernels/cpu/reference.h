@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The same functions as kernels.h and optimizers.h, as plain loops over one element at a time: what
-// the tests compare with, what a CPU without a target of ours runs, and what the vector code calls
-// for the few elements before its first and after its last whole vector. Same contracts, same bits.
+// The same functions as kernels.h, optimizers.h, lamb.h and muon.h, as plain loops over one element
+// at a time: what the tests compare with, what a CPU without a target of ours runs, and what the
+// vector code calls for the few elements before its first and after its last whole vector. Same
+// contracts, same bits.
 #pragma once
 
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/lamb.h"
+#include "kernels/cpu/muon.h"
 #include "kernels/cpu/optimizers.h"
 #include "kernels/cpu/scalar_casts.h"
 
@@ -54,5 +57,16 @@ void Adagrad(const AdagradScalars& s, const float* const* grads, size_t count, f
              float* sum, Copy copy, size_t n);
 void Sgd(const SgdScalars& s, const float* const* grads, size_t count, float* p, float* b,
          Copy copy, size_t n);
+
+// One element: updates m and v and returns u.
+float LambMomentsAt(const LambScalars& s, float sum, float p, float* m, float* v);
+LambSquares LambMoments(const LambScalars& s, const float* const* grads, size_t count,
+                        const float* p, float* m, float* v, size_t n);
+void LambApply(const LambScalars& s, float trust_ratio, float* p, const float* m, const float* v,
+               Copy copy, size_t n);
+
+void MuonMomentum(const MuonScalars& s, const float* const* grads, size_t count, float* m,
+                  float* u, size_t n);
+void MuonApply(const MuonScalars& s, const float* u, float* p, Copy copy, size_t n);
 
 }  // namespace zerod::kernels::reference

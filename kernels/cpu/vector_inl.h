@@ -44,7 +44,8 @@ constexpr size_t kBlock = 1024;
 constexpr size_t kPrefetchBytes = 512;
 
 HWY_INLINE void PrefetchAhead(const void* p) {
-  hwy::Prefetch(static_cast<const char*>(p) + kPrefetchBytes);
+  // An address and no pointer: what is ahead may be of nobody's array.
+  hwy::Prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kPrefetchBytes));
 }
 
 HWY_INLINE VH NarrowU32(VU x) { return hn::TruncateTo(DH(), x); }

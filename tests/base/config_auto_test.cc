@@ -102,10 +102,10 @@ TEST(ConfigAutoTest, HiddenSize) {
               testing::Contains(HasSubstr("hidden_size: 0 is not allowed")));
   EXPECT_THAT(Problems(Parse(kText, AutoValues{{uint64_t{1} << 27}, {}})),
               testing::Contains(HasSubstr("hidden_size: 134217728 is not allowed")));
-  // Resolved like the others, and refused as any bucket size today.
-  EXPECT_THAT(Problems(Parse(With(R"("zero_optimization": {"reduce_bucket_size": "auto"})"),
-                             AutoValues{{1024}, {}})),
-              ElementsAre(HasSubstr("reduce_bucket_size: 1048576 is not served yet")));
+  const absl::StatusOr<ParsedConfig> bucket = Parse(
+      With(R"("zero_optimization": {"reduce_bucket_size": "auto"})"), AutoValues{{1024}, {}});
+  ASSERT_TRUE(bucket.ok()) << bucket.status();
+  EXPECT_EQ(bucket->config.zero.reduce_bucket_size, 1048576u);
 }
 
 TEST(ConfigAutoTest, GivenValues) {

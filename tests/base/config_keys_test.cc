@@ -107,6 +107,20 @@ const struct {
      R"("stage3_model_persistence_threshold":9223372036854775807)", ""},
     {R"("zero_optimization": {"overlap_comm": true})", R"("overlap_comm":true)", ""},
     {R"("zero_optimization": {"overlap_comm": null})", R"("overlap_comm":null)", ""},
+    {R"("zero_optimization": {"overlap_comm": false})", R"("overlap_comm":false)", ""},
+    {R"("zero_optimization": {"reduce_bucket_size": 2e8, "allgather_bucket_size": 0})",
+     R"("reduce_bucket_size":200000000)", ""},
+    {R"("zero_optimization": {"stage3_model_persistence_threshold": 0})",
+     R"("stage3_model_persistence_threshold":0)", ""},
+    {R"("zero_optimization": {"stage3_module_granularity_threshold": 4096})",
+     R"("stage3_module_granularity_threshold":4096)", ""},
+    {R"("zero_optimization": {"leaf_module": {"classes": "Block", "names": ["h.0"]}})",
+     R"("leaf_module":{"classes":["Block"],"name_suffixes":[],"names":["h.0"]})", ""},
+    {R"("zero_optimization": {"compute_grad_norm": false})", R"("compute_grad_norm":false)", ""},
+    {R"("zero_optimization": {"ignore_unused_parameters": false})",
+     R"("ignore_unused_parameters":false)", ""},
+    {R"("zero_optimization": {"stage3_allgather_sequential": true,
+         "log_trace_cache_warnings": true})", R"("stage3_allgather_sequential":true)", ""},
     {R"("zero_optimization": {"zero_hpz_partition_size": 0})", R"("zero_hpz_partition_size":0)",
      ""},
     {R"("optimizer": {"type": "AdamW", "params": {"adam_w_mode": true, "torch_adam": true}})",
@@ -123,6 +137,14 @@ const struct {
      R"("reduce_scatter":false)", ""},
     {R"("zero_optimization": {"round_robin_gradients": true})", R"("round_robin_gradients":true)",
      ""},
+    {R"("zero_optimization": {"sub_group_size": 0, "stage3_max_reuse_distance": 0})",
+     R"("sub_group_size":0)", ""},
+    {R"("zero_optimization": {"stage3_gather_16bit_weights_on_model_save": true})",
+     R"("stage3_gather_16bit_weights_on_model_save":true)", ""},
+    {R"("zero_optimization": {"elastic_checkpoint": true, "load_from_fp32_weights": false,
+         "pipeline_loading_checkpoint": true})", R"("elastic_checkpoint":true)", ""},
+    {R"("zero_optimization": {"override_module_apply": false,
+         "save_muon_momentum_buffer_in_memory": true})", R"("override_module_apply":false)", ""},
     {R"("zero_allow_untested_optimizer": true, "zero_force_ds_cpu_optimizer": false)",
      R"("zero_allow_untested_optimizer":true)", ""},
     {R"("timers": {"throughput": {"enabled": false}})", R"("throughput":{"enabled":false)", ""},
@@ -137,6 +159,11 @@ const struct {
      R"("device":"none")", ""},
     {R"("zero_optimization": {"offload_param": {"buffer_size": 4e8, "max_in_cpu": 0}})",
      R"("buffer_size":400000000)", ""},
+    {R"("zero_optimization": {"stage": 3, "offload_param":
+           {"device": "cpu", "buffer_count": 9, "buffer_size": 1e8, "max_in_cpu": 1e9},
+         "offload_optimizer": {"device": "cpu", "buffer_count": 6, "pipeline_read": true,
+                               "pipeline_write": true, "fast_init": true, "pin_memory": true}})",
+     R"("buffer_count":9)", ""},
     // Other names.
     {R"("zero_optimization": {"max_live_parameters": 7})", R"("stage3_max_live_parameters":7)", ""},
     {R"("zero_optimization": {"prefetch_bucket_size": 7})", R"("stage3_prefetch_bucket_size":7)",
@@ -196,21 +223,6 @@ const struct {
     // Not served yet.
     {R"("fp16": {"enabled": true, "fp16_master_weights_and_grads": true})",
      "true is not served yet: the master copy is fp32"},
-    {R"("zero_optimization": {"reduce_bucket_size": 2e8})",
-     "zero_optimization.reduce_bucket_size: 200000000 is not served yet: a unit is what is reduced "
-     "at once; leave it out, which means 500000000"},
-    {R"("zero_optimization": {"allgather_bucket_size": 2e8})", "200000000 is not served yet"},
-    {R"("zero_optimization": {"overlap_comm": false})", "overlap_comm: false is not served yet"},
-    {R"("zero_optimization": {"sub_group_size": 0})", "sub_group_size: 0 is not served yet"},
-    {R"("zero_optimization": {"stage3_max_reuse_distance": 0})", "distance: 0 is not served yet"},
-    {R"("zero_optimization": {"stage3_gather_16bit_weights_on_model_save": true})",
-     "true is not served yet: engine.state_dict() is complete at every stage"},
-    {R"("zero_optimization": {"stage3_gather_fp16_weights_on_model_save": true})",
-     "stage3_gather_16bit_weights_on_model_save: true is not served yet"},
-    {R"("zero_optimization": {"leaf_module": {"classes": "Block"}})",
-     R"(leaf_module.classes: ["Block"] is not served yet)"},
-    {R"("zero_optimization": {"ignore_unused_parameters": false})", "false is not served yet"},
-    {R"("zero_optimization": {"elastic_checkpoint": true})", "true is not served yet"},
     {R"("zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2})",
      "zero_hpz_partition_size: 2 is not served yet: ZeRO++ comes later"},
     {R"("zero_optimization": {"stage": 3, "zero_quantized_weights": true})", "ZeRO++ comes later"},
@@ -450,6 +462,47 @@ TEST(ConfigKeysTest, SourcesOfValues) {
   EXPECT_EQ(json["config"]["train_micro_batch_size_per_gpu"], 4);
   EXPECT_EQ(json["sources"]["bf16.enabled"], "file, deprecated: as bfloat16");
   EXPECT_EQ(json["warnings"].size(), 2u);
+}
+
+// What people copy from DeepSpeed's documentation and from Hugging Face's.
+TEST(ConfigKeysTest, FilesInTheWildLoad) {
+  const char* const files[] = {
+      R"({"stage": 2, "allgather_partitions": true, "allgather_bucket_size": 2e8,
+          "overlap_comm": true, "reduce_scatter": true, "reduce_bucket_size": 2e8,
+          "contiguous_gradients": true, "round_robin_gradients": true,
+          "offload_optimizer": {"device": "cpu", "pin_memory": true}})",
+      R"({"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": true},
+          "offload_param": {"device": "cpu", "pin_memory": true}, "overlap_comm": true,
+          "contiguous_gradients": true, "sub_group_size": 1e9, "reduce_bucket_size": 5e8,
+          "stage3_prefetch_bucket_size": 5e7, "stage3_param_persistence_threshold": 1e5,
+          "stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9,
+          "stage3_gather_16bit_weights_on_model_save": true})",
+      R"({"stage": 3, "contiguous_gradients": true, "stage3_max_live_parameters": 2e10,
+          "stage3_max_reuse_distance": 1e10, "stage3_prefetch_bucket_size": 1e7,
+          "stage3_param_persistence_threshold": 1e5, "reduce_bucket_size": 1e7,
+          "sub_group_size": 1e12, "elastic_checkpoint": true, "load_from_fp32_weights": true,
+          "stage3_gather_fp16_weights_on_model_save": true, "ignore_unused_parameters": true})",
+      R"({"stage": 1, "reduce_bucket_size": 5e8, "elastic_checkpoint": true,
+          "cpu_offload": true, "cpu_offload_use_pin_memory": true})",
+      R"({"stage": 3, "stage3_model_persistence_threshold": 1e6, "memory_efficient_linear": false,
+          "stage3_module_granularity_threshold": 1e5, "override_module_apply": true,
+          "leaf_module": {"classes": ["MixtralSparseMoeBlock"], "name_suffixes": "mlp"},
+          "zero_hpz_partition_size": 1, "zero_quantized_weights": false})"};
+  for (const char* const zero : files) {
+    const auto parsed = Parse(absl::StrCat("\"zero_optimization\": ", zero), 8);
+    EXPECT_TRUE(parsed.ok()) << zero << "\n" << parsed.status();
+  }
+}
+
+TEST(ConfigKeysTest, UnusedParametersAreAnErrorAtTwoStages) {
+  for (int stage : {0, 1, 2, 3}) {
+    const auto parsed = Parse(absl::StrCat(
+        R"("zero_optimization": {"ignore_unused_parameters": false, "stage": )", stage, "}"));
+    ASSERT_TRUE(parsed.ok()) << parsed.status();
+    const std::string text = DescribeConfig(*parsed);
+    EXPECT_EQ(absl::StrContains(text, "no effect without zero_optimization.stage 1 or 2"),
+              stage == 0 || stage == 3) << text;
+  }
 }
 
 TEST(ConfigKeysTest, WhatHasNoEffectSaysWhy) {

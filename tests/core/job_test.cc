@@ -134,6 +134,32 @@ TEST_F(JobTest, OnlyStateThatIsKeptCanBeRead) {
   EXPECT_TRUE(absl::IsInvalidArgument(Answer(2)));
 }
 
+TEST_F(JobTest, AStepWithoutEveryGradientIsRefusedWhereThatIsAnError) {
+  JobSpec spec = Spec(1, 2);
+  spec.refuse_untouched = true;
+  Make(spec);
+  Attach(2);
+  const auto step = [this](uint64_t cookie, const std::vector<UnitIndex>& by_0,
+                           const std::vector<UnitIndex>& by_1) {
+    for (UnitIndex u : by_0) job_->OnScatter(0, 0, u, job_->committed() + 1, true, 0, {true});
+    for (UnitIndex u : by_1) job_->OnScatter(1, 0, u, job_->committed() + 1, true, 0, {true});
+    job_->OnStep(0, cookie, job_->committed() + 1, Hyper(1), {});
+    job_->OnStep(1, cookie + 1, job_->committed() + 1, Hyper(1), {});
+    RunEngine();
+  };
+  step(11, {1}, {1});
+  EXPECT_TRUE(absl::IsFailedPrecondition(Answer(12)));
+  EXPECT_THAT(std::string(Answer(11).message()),
+              HasSubstr("no rank has a gradient in this step for u0.weight, u2.weight: "));
+  EXPECT_EQ(job_->committed(), 0u);
+  EXPECT_EQ(Take<DropGradients>().size(), 1u);
+  step(13, {0, 1}, {2});  // one rank is enough
+  EXPECT_TRUE(Answer(13).ok());
+  EXPECT_TRUE(Answer(14).ok());
+  EXPECT_EQ(job_->committed(), 1u);
+  EXPECT_EQ(applied_.size(), 3u);
+}
+
 TEST_F(JobTest, NonsenseFromAClientIsItsOwnError) {
   Make(Spec(1, 1));
   job_->OnGather(0, 1, 0, 1);   // nobody is attached

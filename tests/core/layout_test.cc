@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "daemon/core/job.h"
+#include "daemon/core/plan.h"
 #include "proto/shm/format.h"
 #include "tests/core/models.h"
 
@@ -28,6 +29,8 @@ TEST(LayoutTest, AgreesWithTheFormat) {
   EXPECT_TRUE(Layout::Build(model, {}).ok());
   model.parameters[0].group = shm::kGroupsMax;
   EXPECT_THAT(Layout::Build(model, {}).status().message(), HasSubstr("in group 64"));
+  EXPECT_EQ(kRingBytes, shm::PageUp(sizeof(shm::SubmitPage)) + shm::kTraceMax * 4 +
+                            shm::PageUp(sizeof(shm::CompletePage)));
   EXPECT_EQ(int(StateKind::kExpAvgSq), int(shm::StateKind::kExpAvgSq));
   EXPECT_EQ(int(ScalarOp::kMax), int(shm::ScalarOp::kMax));
   EXPECT_EQ(int(StateKind::kMaster), int(shm::StateKind::kMaster));

@@ -15,6 +15,8 @@ using ::testing::HasSubstr;
 
 constexpr uint64_t kPlenty = uint64_t{1} << 50;
 
+uint64_t Pages(uint64_t bytes) { return (bytes + 4095) / 4096 * 4096; }
+
 Config Stage(uint32_t stage) {
   Config config;
   config.zero.stage = stage;
@@ -73,7 +75,7 @@ TEST(PlanTest, OneMemberWithRoomForEverythingTrainsInTheWindow) {
   EXPECT_EQ(plan.memory.parameters, layout.chunks() * 64 * 1024);
   EXPECT_EQ(plan.memory.window, 0u);
   EXPECT_EQ(plan.memory.gradients, 0u);
-  EXPECT_EQ(plan.memory.moments, 8 * layout.trainable_elements());
+  EXPECT_EQ(plan.memory.moments, 2 * Pages(4 * layout.trainable_elements()));
 }
 
 TEST(PlanTest, Bf16KeepsFp32MastersBesideTheCopies) {
@@ -82,12 +84,12 @@ TEST(PlanTest, Bf16KeepsFp32MastersBesideTheCopies) {
   const Layout layout = *Layout::Build(model, {});
   const JobPlan full = *PlanJob(Stage(0), layout, 2, 0, 1, kPlenty);
   EXPECT_FALSE(full.master_in_window);
-  EXPECT_EQ(full.memory.parameters, 4 * layout.elements());
+  EXPECT_EQ(full.memory.parameters, Pages(4 * layout.elements()));
   EXPECT_EQ(full.memory.copies, layout.chunks() * 64 * 1024);
   const Partition partition(layout, 2);
   const JobPlan sharded = *PlanJob(Stage(3), layout, 2, 1, 1, kPlenty);
-  EXPECT_EQ(sharded.memory.parameters, 4 * partition.ShardElements(1));
-  EXPECT_EQ(sharded.memory.copies, 2 * partition.ShardElements(1));
+  EXPECT_EQ(sharded.memory.parameters, Pages(4 * partition.ShardElements(1)));
+  EXPECT_EQ(sharded.memory.copies, Pages(2 * partition.ShardElements(1)));
 }
 
 // Reads the number behind `words` in a message.
@@ -149,6 +151,70 @@ TEST(PlanTest, PersistentUnitsAreResident) {
   EXPECT_EQ(plan.window.pinned, plan.window.resident);
 }
 
+// The smallest ones first, until their sum is reached.
+TEST(PlanTest, TheSumOfPersistentUnitsIsBounded) {
+  const Layout layout = Units({640, 320, 32, 50000, 960});
+  Config config = Stage(3);
+  config.zero.param_persistence_threshold = 1000;
+  config.zero.max_live_parameters = 50000;
+  const auto resident = [&](uint64_t sum) {
+    config.zero.model_persistence_threshold = sum;
+    return PlanJob(config, layout, 2, 0, 1, kPlenty)->window.resident;
+  };
+  EXPECT_EQ(resident(0), (std::vector<bool>{false, false, false, false, false}));
+  EXPECT_EQ(resident(31), (std::vector<bool>{false, false, false, false, false}));
+  EXPECT_EQ(resident(32), (std::vector<bool>{false, false, true, false, false}));
+  EXPECT_EQ(resident(991), (std::vector<bool>{false, true, true, false, false}));
+  EXPECT_EQ(resident(992), (std::vector<bool>{true, true, true, false, false}));
+  EXPECT_EQ(resident(uint64_t{1} << 62), (std::vector<bool>{true, true, true, false, true}));
+}
+
+TEST(PlanTest, PiecesFitIntoTheStagingAndTheBuckets) {
+  const Layout layout = *Layout::Build(Gpt(2, 1500), {});
+  constexpr uint64_t kDefault = 500000000;
+  for (uint32_t members : {1u, 2u, 3u, 7u, 64u}) {
+    const uint64_t most = PieceElements(layout, members, kDefault);
+    EXPECT_GE(most, 1024u);
+    EXPECT_LE(most, uint64_t{1} << 20);
+    if (members > 1) {
+      EXPECT_LE(kPiecesInFlight * 2 * (members - 1) * most * sizeof(float), kStagingBytes);
+    }
+    for (uint64_t bucket : {uint64_t{0}, kBucketElementsMin, uint64_t{1000000}}) {
+      const uint64_t piece = PieceElements(layout, members, bucket);
+      EXPECT_GE(piece, 1024u);
+      EXPECT_LE(piece, most);
+      EXPECT_LE(kPiecesInFlight * members * piece, std::max(bucket, kBucketElementsMin));
+    }
+  }
+  // A small model does not reserve what it can never use.
+  EXPECT_LE(PieceElements(*Layout::Build(Gpt(1, 20), {}), 2, kDefault), 4096u);
+  // However large a unit, its pieces have numbers.
+  const Layout large = Units({int64_t{1} << 36});
+  EXPECT_LT((uint64_t{1} << 36) / PieceElements(large, 2, 0), uint64_t{1} << 20);
+}
+
+TEST(PlanTest, BucketsBoundTheStaging) {
+  const Layout layout = *Layout::Build(Gpt(4, 512), {});
+  Config config = Stage(3);
+  const JobPlan plain = *PlanJob(config, layout, 2, 0, 1, kPlenty);
+  EXPECT_EQ(plain.in_flight_elements, 8u << 20);
+  config.zero.reduce_bucket_size = 300000;
+  const JobPlan reduce = *PlanJob(config, layout, 2, 0, 1, kPlenty);
+  EXPECT_LT(reduce.reduce_piece_elements, plain.reduce_piece_elements);
+  EXPECT_EQ(reduce.gather_piece_elements, plain.gather_piece_elements);
+  EXPECT_EQ(reduce.memory.staging, plain.memory.staging);  // the other kind needs it
+  config.zero.allgather_bucket_size = 300000;
+  const JobPlan both = *PlanJob(config, layout, 2, 0, 1, kPlenty);
+  EXPECT_EQ(both.gather_piece_elements, reduce.reduce_piece_elements);
+  EXPECT_EQ(both.in_flight_elements, 300000u);
+  EXPECT_LT(both.memory.staging, plain.memory.staging);
+  EXPECT_EQ(both.memory.staging,
+            kPiecesInFlight * 2 * sizeof(float) * both.gather_piece_elements);
+  config.zero.allgather_sequential = true;
+  EXPECT_EQ(PlanJob(config, layout, 2, 0, 1, kPlenty)->in_flight_elements, 1u);
+  EXPECT_EQ(PlanJob(config, layout, 1, 0, 1, kPlenty)->memory.staging, 0u);
+}
+
 TEST(PlanTest, NodeSumIsChosenWhereRanksGradientsDoNotFit) {
   const Layout layout = *Layout::Build(Gpt(8, 128), {});
   const JobPlan rich = *PlanJob(Stage(3), layout, 2, 0, 4, kPlenty);
@@ -158,7 +224,7 @@ TEST(PlanTest, NodeSumIsChosenWhereRanksGradientsDoNotFit) {
   const JobPlan poor = *PlanJob(Stage(3), layout, 2, 0, 4, rich.memory.total() - 1);
   EXPECT_TRUE(poor.node_sum);
   EXPECT_LT(poor.memory.total(), rich.memory.total());
-  EXPECT_EQ(poor.memory.accumulator, 4 * layout.trainable_elements());
+  EXPECT_EQ(poor.memory.accumulator, Pages(4 * layout.trainable_elements()));
   EXPECT_THAT(poor.text, HasSubstr("node_sum (a scatter may wait"));
   // With one rank its own gradient is the node's sum.
   EXPECT_FALSE(PlanJob(Stage(3), layout, 2, 0, 1, 1)->node_sum);

@@ -84,6 +84,29 @@ TEST(UnitsTest, OverridesWin) {
   EXPECT_EQ(homes.at("h.2.mlp.0.weight"), "h");
 }
 
+TEST(UnitsTest, ALeafModuleIsOneUnitWithAllThatIsWithin) {
+  ModelDescription model = Gpt(3);
+  const auto leaf = [&model](const std::string& path) {
+    for (ModuleDescription& m : model.modules) m.leaf |= m.path == path;
+  };
+  leaf("h.1.mlp");
+  auto homes = Homes(model);
+  EXPECT_EQ(homes.at("h.1.mlp.0.weight"), "h.1.mlp");
+  EXPECT_EQ(homes.at("h.1.mlp.2.weight"), "h.1.mlp");
+  EXPECT_EQ(homes.at("h.1.ln.weight"), "h.1");
+  EXPECT_EQ(homes.at("h.2.mlp.0.weight"), "h.2");
+  leaf("h");  // the outermost counts
+  homes = Homes(model);
+  EXPECT_EQ(homes.at("h.0.ln.weight"), "h");
+  EXPECT_EQ(homes.at("h.1.mlp.0.weight"), "h");
+  EXPECT_EQ(homes.at("wpe.weight"), "wpe");
+  homes = Homes(model, {{"h.1", "h.1"}});  // and zerod.units before it
+  EXPECT_EQ(homes.at("h.1.mlp.0.weight"), "h.1");
+  EXPECT_EQ(homes.at("h.2.mlp.0.weight"), "h");
+  leaf("");
+  EXPECT_THAT(AssignUnits(model, {})->names, ElementsAre(""));
+}
+
 TEST(UnitsTest, MalformedDescriptionsAreErrors) {
   const auto message = [](const std::function<void(ModelDescription*)>& edit,
                           const std::map<std::string, std::string>& overrides = {}) {

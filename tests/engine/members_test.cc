@@ -22,6 +22,9 @@ constexpr core::DType kFp32 = core::DType::kFloat32;
 constexpr core::DType kBf16 = core::DType::kBFloat16;
 constexpr core::DType kFp16 = core::DType::kFloat16;
 
+// Several pieces where there would be one.
+const char kSmallBuckets[] = "\"reduce_bucket_size\": 1, \"allgather_bucket_size\": 1";
+
 struct Case {
   std::string name;
   uint32_t stage;
@@ -92,6 +95,8 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{"ThreeStage0", 0, kFp32, 3, 1, false, 1, ""},
                       Case{"ThreeStage2", 2, kFp32, 3, 1, false, 1, ""},
                       Case{"ThreeStage3", 3, kFp32, 3, 1, false, 1, kSmallWindow},
+                      Case{"SmallBucketsStage0", 0, kFp32, 3, 1, false, 1, kSmallBuckets},
+                      Case{"SmallBucketsStage3", 3, kFp32, 3, 1, false, 1, kSmallBuckets},
                       Case{"Bf16Stage0", 0, kBf16, 2, 1, false, 1, ""},
                       Case{"Bf16Stage2", 2, kBf16, 2, 1, false, 1, ""},
                       Case{"Bf16Stage3", 3, kBf16, 2, 1, false, 1, kSmallWindow},

@@ -133,20 +133,5 @@ TEST_F(WindowFilesTest, GrowsOnlyAsFarAsTheMachineAllows) {
   EXPECT_EQ(window_->growths(), 1u);
 }
 
-TEST(PieceElements, FitIntoTheStagingWithAllPeers) {
-  const auto layout = *core::Layout::Build(SmallModel(core::DType::kFloat32, 1, 1500), {});
-  for (uint32_t members : {1u, 2u, 3u, 7u, 64u}) {
-    const uint64_t elements = PieceElements(layout, members, 4);
-    EXPECT_GE(elements, 1024u);
-    EXPECT_LE(elements, uint64_t{1} << 20);
-    if (members > 1) {
-      EXPECT_LE(4 * 2 * (members - 1) * elements * sizeof(float), core::kStagingBytes);
-    }
-  }
-  // A small model does not reserve what it can never use.
-  const auto small = *core::Layout::Build(SmallModel(core::DType::kFloat32, 1, 20), {});
-  EXPECT_LE(PieceElements(small, 2, 4), 4096u);
-}
-
 }  // namespace
 }  // namespace zerod::engine::testing

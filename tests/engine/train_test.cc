@@ -81,8 +81,10 @@ TEST_P(OneMember, TrainsAsPlainLoopsDo) {
   EXPECT_EQ(cluster.metrics(0).observed(metrics::Latency::kStep), kSteps);
   EXPECT_GT(cluster.metrics(0).traffic(metrics::Traffic::kScatteredFromClient), 0u);
   for (const auto& [kind, bytes] : plan.memory.Named()) {
-    if (kind == "control" || bytes == 0) continue;
-    EXPECT_NEAR(cluster.metrics(0).memory(kind), bytes, 0.02 * bytes + 65536) << kind;
+    // Where clients hold more than the forecast had room for, the window grew by what they held.
+    const uint64_t grown = kind == "window" ? cluster.metrics(0).memory(kind) - bytes : 0;
+    EXPECT_LE(grown, 2u * 65536);
+    EXPECT_EQ(cluster.metrics(0).memory(kind), bytes + grown) << kind;
   }
 }
 

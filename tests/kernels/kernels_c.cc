@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The optimizer with C names, for Python's ctypes: tests and benchmarks beside torch.
+// The optimizers with C names, for Python's ctypes: tests and benchmarks beside torch.
+#include <algorithm>
+#include <vector>
+
+#include "kernels/cpu/lamb.h"
+#include "kernels/cpu/muon.h"
 #include "kernels/cpu/optimizers.h"
 
 namespace {
@@ -76,6 +81,42 @@ void zerod_kernels_sgd(double lr, double momentum, double dampening, double weig
   zerod::kernels::Sgd(zerod::kernels::MakeSgdScalars(lr, momentum, dampening, weight_decay,
                                                      nesterov, t, grad_scale),
                       grads, count, p, b, CopyOf(copy, fp16), n);
+}
+
+// One tensor; its squares are summed by blocks of `block` elements.
+void zerod_kernels_lamb(const AdamWOptions* o, bool eps_inside_sqrt, bool bias_correction,
+                        double min_coeff, double max_coeff, uint64_t t,
+                        const float* const* grads, size_t count, float* p, float* m, float* v,
+                        void* copy, bool fp16, size_t n, size_t block) {
+  const zerod::kernels::LambScalars s = zerod::kernels::MakeLambScalars(
+      {o->lr, o->beta1, o->beta2, o->eps, eps_inside_sqrt, o->weight_decay, bias_correction}, t,
+      o->grad_scale);
+  zerod::kernels::LambSquares squares{0, 0};
+  for (size_t at = 0; at < n; at += block) {
+    std::vector<const float*> shifted;
+    for (size_t k = 0; k < count; ++k) shifted.push_back(grads[k] + at);
+    const zerod::kernels::LambSquares part = zerod::kernels::LambMoments(
+        s, shifted.data(), count, p + at, m + at, v + at, std::min(block, n - at));
+    squares.p += part.p;
+    squares.u += part.u;
+  }
+  zerod::kernels::LambApply(s, zerod::kernels::LambTrustRatio(squares, min_coeff, max_coeff), p, m,
+                            v, CopyOf(copy, fp16), n);
+}
+
+// One matrix.
+void zerod_kernels_muon(double lr, double momentum, bool nesterov, double weight_decay, bool gram,
+                        double grad_scale, const float* const* grads, size_t count, float* p,
+                        float* m, void* copy, bool fp16, size_t rows, size_t columns) {
+  const auto method =
+      gram ? zerod::kernels::NewtonSchulz::kGram : zerod::kernels::NewtonSchulz::kStandard;
+  const size_t n = rows * columns;
+  const zerod::kernels::MuonScalars s =
+      zerod::kernels::MakeMuonScalars(lr, momentum, nesterov, weight_decay, grad_scale);
+  std::vector<float> u(n), scratch(zerod::kernels::OrthogonalizeScratch(method, rows, columns));
+  zerod::kernels::MuonMomentum(s, grads, count, m, u.data(), n);
+  zerod::kernels::Orthogonalize(method, u.data(), rows, columns, scratch.data());
+  zerod::kernels::MuonApply(s, u.data(), p, CopyOf(copy, fp16), n);
 }
 
 }  // extern "C"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizers of kernels/cpu beside torch.optim (foreach=False, fused=False), 20 steps; Lion,
-which torch has not, beside its paper's formula in torch.
+LAMB and Muon beside their papers' formulas in torch.
 
 Goal: training with zerod follows training with torch. AdamW's moments are made of the same
 operations as torch's vector code for AVX2 and AVX-512, so there they must have the same bits. All
@@ -23,6 +23,7 @@ except ImportError:
 STEPS = 20
 RTOL = 2e-6
 SIZE = 100_003  # odd: whole vectors, and edges
+BLOCK = 64 * 1024
 
 
 class Options(ctypes.Structure):
@@ -58,23 +59,82 @@ class Lion(torch.optim.Optimizer):
                 m.mul_(beta2).add_(p.grad, alpha=1 - beta2)
 
 
-def run(library, make, ours, states, count, lr, exact=(), beginning=0.0, gain=None):
+class Lamb(torch.optim.Optimizer):
+    """Algorithm 2 of the paper, with DeepSpeed's clamp and bias correction."""
+
+    def __init__(self, params, lr, betas, eps, weight_decay, eps_inside_sqrt, bias_correction,
+                 coefficients):
+        super().__init__(params, dict(lr=lr))
+        self.settings = (betas, eps, weight_decay, eps_inside_sqrt, bias_correction, coefficients)
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self):
+        (beta1, beta2), eps, weight_decay, inside, correction, coefficients = self.settings
+        self.steps += 1
+        for p in self.param_groups[0]["params"]:
+            m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+            v = self.state[p].setdefault("exp_avg_sq", torch.zeros_like(p))
+            m.mul_(beta1).add_(p.grad, alpha=1 - beta1)
+            v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+            u = m / ((v + eps).sqrt() if inside else v.sqrt() + eps) + weight_decay * p
+            p_norm, u_norm = p.double().norm().item(), u.double().norm().item()
+            ratio = 1.0
+            if p_norm > 0 and u_norm > 0:
+                ratio = min(max(p_norm / u_norm, coefficients[0]), coefficients[1])
+            rate = self.param_groups[0]["lr"] * ratio
+            if correction:
+                rate *= (1 - beta2 ** self.steps) ** 0.5 / (1 - beta1 ** self.steps)
+            p.sub_(rate * u)
+
+
+class Muon(torch.optim.Optimizer):
+    """Keller Jordan's, with the iteration in fp64."""
+
+    def __init__(self, params, lr, momentum, nesterov, weight_decay):
+        super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov,
+                                      weight_decay=weight_decay))
+
+    @staticmethod
+    def orthogonalize(u):
+        wide = u.double() if u.size(0) <= u.size(1) else u.double().mT
+        x = wide / (wide.norm() + 1e-7)
+        for _ in range(5):
+            a = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        x = x * max(1, u.size(0) / u.size(1)) ** 0.5
+        return (x if u.size(0) <= u.size(1) else x.mT).float()
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            mu = group["momentum"]
+            for p in group["params"]:
+                m = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                m.lerp_(p.grad, 1 - mu)
+                u = p.grad.lerp(m, mu) if group["nesterov"] else m
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(self.orthogonalize(u), alpha=-group["lr"])
+
+
+def run(library, make, ours, states, count, lr, exact=(), beginning=0.0, gain=None,
+        shape=(SIZE,)):
     """`ours(library, step, scale, grads, count, p, *states, copy, fp16, n)`. A step moves a
     parameter by `lr` at most, or with `gain` by lr * gain * |gradient|. Returns the largest
     difference of a parameter, as a multiple of what is allowed."""
     generator = torch.Generator().manual_seed(count)
-    theirs = torch.nn.Parameter(torch.randn(SIZE, generator=generator))
+    theirs = torch.nn.Parameter(torch.randn(shape, generator=generator))
     optimizer = make([theirs])
     p = theirs.detach().clone()
-    arrays = {name: torch.full((SIZE,), beginning) for name in states}
+    arrays = {name: torch.full(shape, beginning) for name in states}
     fp16 = count % 2 == 0
-    copy = torch.zeros(SIZE, dtype=torch.float16 if fp16 else torch.bfloat16)
+    copy = torch.zeros(shape, dtype=torch.float16 if fp16 else torch.bfloat16)
     scale = 1.0 / (4 * count)
-    moved = torch.zeros(SIZE)
+    moved = torch.zeros(shape)
     worst = 0.0
     for step in range(1, STEPS + 1):
-        spread = 10.0 ** torch.randint(-6, 3, (SIZE,), generator=generator)
-        grads = [torch.randn(SIZE, generator=generator) * spread for _ in range(count)]
+        spread = 10.0 ** torch.randint(-6, 3, shape, generator=generator)
+        grads = [torch.randn(shape, generator=generator) * spread for _ in range(count)]
         total = grads[0].clone()
         for g in grads[1:]:
             total += g
@@ -83,7 +143,8 @@ def run(library, make, ours, states, count, lr, exact=(), beginning=0.0, gain=No
         optimizer.step()
         pointers = (c_void_p * count)(*(g.data_ptr() for g in grads))
         ours(library, step, scale, pointers, c_size_t(count), address(p),
-             *(address(a) for a in arrays.values()), address(copy), c_bool(fp16), c_size_t(SIZE))
+             *(address(a) for a in arrays.values()), address(copy), c_bool(fp16),
+             *(c_size_t(size) for size in shape))
 
         if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
             for name in exact:
@@ -150,6 +211,31 @@ def sgd(lr, momentum, dampening, weight_decay, nesterov):
         gain=4 / (1 - momentum))
 
 
+def lamb(lr, weight_decay, eps=1e-6, inside=False, correction=True, coefficients=(0.01, 10.0)):
+    betas = (0.9, 0.999)
+
+    def ours(library, step, scale, grads, count, p, m, v, *copy):
+        options = Options(lr, *betas, eps, weight_decay, scale)
+        library.zerod_kernels_lamb(byref(options), c_bool(inside), c_bool(correction),
+                                   c_double(coefficients[0]), c_double(coefficients[1]),
+                                   c_uint64(step), grads, count, p, m, v, *copy, c_size_t(BLOCK))
+
+    return dict(
+        make=lambda params: Lamb(params, lr, betas, eps, weight_decay, inside, correction,
+                                 coefficients),
+        ours=ours, states=("exp_avg", "exp_avg_sq"), lr=lr * coefficients[1])
+
+
+def muon(lr, shape, momentum=0.95, nesterov=True, weight_decay=0.0, gram=False):
+    def ours(library, step, scale, grads, count, p, m, *copy):
+        library.zerod_kernels_muon(c_double(lr), c_double(momentum), c_bool(nesterov),
+                                   c_double(weight_decay), c_bool(gram), c_double(scale), grads,
+                                   count, p, m, *copy)
+
+    return dict(make=lambda params: Muon(params, lr, momentum, nesterov, weight_decay), ours=ours,
+                states=("momentum_buffer",), lr=lr, exact=("momentum_buffer",), shape=shape)
+
+
 CASES = {
     "AdamW": (adam(True, 1e-3, (0.9, 0.999), 1e-8, 0.01), 1),
     "AdamW, 2 gradients": (adam(True, 3e-4, (0.9, 0.95), 1e-8, 0.1), 2),
@@ -166,6 +252,15 @@ CASES = {
     "SGD, momentum": (sgd(1e-2, 0.9, 0.0, 0.1, False), 1),
     "SGD, dampening": (sgd(1e-2, 0.9, 0.5, 0.0, False), 1),
     "SGD, Nesterov": (sgd(1e-2, 0.9, 0.0, 0.1, True), 4),
+    "LAMB": (lamb(1e-3, 0.0), 1),
+    "LAMB, weight decay": (lamb(1e-2, 0.1), 2),
+    "LAMB, eps inside": (lamb(1e-2, 0.01, eps=1e-3, inside=True), 3),
+    "LAMB, no correction": (lamb(1e-2, 0.01, correction=False, coefficients=(0.1, 0.3)), 1),
+    "Muon, wide": (muon(0.02, (48, 190)), 1),
+    "Muon, wide, gram": (muon(0.02, (48, 190), gram=True), 1),
+    "Muon, tall": (muon(0.02, (321, 64), weight_decay=0.1), 2),
+    "Muon, tall, gram": (muon(0.02, (321, 64), weight_decay=0.1, gram=True), 2),
+    "Muon, square": (muon(0.02, (100, 100), momentum=0.4, nesterov=False, gram=True), 3),
 }
 
 

@@ -32,6 +32,26 @@ def daemon_binary() -> Path | None:
     return max(built, key=lambda p: p.stat().st_mtime, default=None)
 
 
+def zerodctl_binary() -> Path:
+    """Of the same build."""
+    binary = daemon_binary()
+    assert binary is not None, "the daemon is not built: run scripts/setup"
+    return binary.parents[2] / "client/ctl/zerodctl"
+
+
+def metric(address: str, name: str, **labels: str) -> float:
+    """The sum of a metric's series that have these labels."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    total = 0.0
+    for line in text.splitlines():
+        if line.split("{")[0].split(" ")[0] == name and all(
+            f'{key}="{value}"' in line for key, value in labels.items()
+        ):
+            total += float(line.rsplit(" ", 1)[1])
+    return total
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -80,13 +100,7 @@ class Daemon:
 
     def value(self, name: str, **labels: str) -> float:
         """The sum of a metric's series that have these labels."""
-        total = 0.0
-        for line in self.text().splitlines():
-            if line.split("{")[0].split(" ")[0] == name and all(
-                f'{key}="{value}"' in line for key, value in labels.items()
-            ):
-                total += float(line.rsplit(" ", 1)[1])
-        return total
+        return metric(self.metrics, name, **labels)
 
     def fds(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/fd"))

@@ -39,8 +39,8 @@ ERRORS = {
 
 
 class ModuleInfo:
-    def __init__(self, path, type, is_container=False):
-        self.path, self.type, self.is_container = path, type, is_container
+    def __init__(self, path, type, is_container=False, leaf=False):
+        self.path, self.type, self.is_container, self.leaf = path, type, is_container, leaf
 
 
 class ParameterInfo:
@@ -64,7 +64,12 @@ DEFAULTS = {
     "bf16": {"enabled": False},
     "fp16": {"enabled": False, "auto_cast": False, "loss_scale": 0},
     "torch_autocast": {"enabled": False},
-    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero_optimization": {
+        "stage": 3, "stage3_param_persistence_threshold": 0, "overlap_comm": None,
+        "compute_grad_norm": True, "log_trace_cache_warnings": False,
+        "stage3_module_granularity_threshold": 0,
+        "leaf_module": {"classes": [], "names": [], "name_suffixes": []},
+    },
     "optimizer": None,
     "scheduler": None,
     "steps_per_print": None,
@@ -136,12 +141,17 @@ def assign_units(modules, parameters):
                 and m.path in used]
         if len(kids) >= 2 and len({k.type for k in kids}) == 1:
             boundaries |= {k.path for k in kids}
+    leaves = sorted((m.path for m in modules if m.leaf), key=len)  # the outermost first
     homes = []
     for info in parameters:
         home = info.modules[0]
         for path in info.modules:
             while not is_within(home, path):
                 home = parent(home)
+        leaf = next((path for path in leaves if is_within(path, home)), None)
+        if leaf is not None:
+            homes.append(leaf)
+            continue
         around = home
         while around and around not in boundaries:
             around = parent(around)

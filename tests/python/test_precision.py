@@ -59,7 +59,7 @@ class Lion(torch.optim.Optimizer):
 ADAM = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.1}
 CONFIGURED = {
     "adamw": ({"type": "AdamW", "params": ADAM}, lambda p: torch.optim.AdamW(p, **ADAM)),
-    "adam is adamw": ({"type": "Adam", "params": ADAM}, lambda p: torch.optim.AdamW(p, **ADAM)),
+    "adam-is-adamw": ({"type": "Adam", "params": ADAM}, lambda p: torch.optim.AdamW(p, **ADAM)),
     "adam": ({"type": "Adam", "params": {**ADAM, "adam_w_mode": False}},
              lambda p: torch.optim.Adam(p, **ADAM)),
     "lion": ({"type": "Lion", "params": {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}},
@@ -82,6 +82,82 @@ PASSED = {
 }
 
 
+ADAMW = {"type": "AdamW", "params": {"lr": 1e-3}}
+
+
+def fp16(**keys):
+    return config(optimizer=ADAMW, fp16={"enabled": True, **keys})
+
+
+# DeepSpeed's traces: window 3, first scale 16. Keys of fp16, steps that overflow, scales.
+TRACES = {
+    "growth": ({"hysteresis": 2}, (), [16, 16, 16, 16, 32, 32, 32, 64]),
+    "hysteresis": ({"hysteresis": 2}, (1, 2, 4), [16, 16, 8, 8, 4, 4, 4, 4, 8]),
+    "consecutive": ({"hysteresis": 2, "consecutive_hysteresis": True}, (1, 3, 5, 6),
+                    [16, 16, 16, 16, 16, 16, 8, 8]),
+    "no-hysteresis": ({"hysteresis": 1}, (2,), [16, 16, 8, 8, 8, 8, 16]),
+    "static": ({"loss_scale": 128}, (2, 3), [128] * 5),
+}
+# Where a step whose gradients are not finite is skipped.
+SKIPS = {
+    "bf16": ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}, True),
+    "bf16-unchecked": ({"bf16": {"enabled": True, "check_grad_overflow": False},
+                        "zero_optimization": {"stage": 2}}, False),
+    "bf16-unchecked-stage3": ({"bf16": {"enabled": True, "check_grad_overflow": False}}, True),
+    "fp32": ({"zero_optimization": {"stage": 2}}, True),
+    "fp32-stage0": ({"zero_optimization": {"stage": 0}}, False),
+}
+# Bytes between two nodes per parameter and step: a gather and a reduction of half of it each way.
+BYTES = {
+    "fp32": ({}, 8),
+    "bf16": ({"bf16": {"enabled": True}}, 4),
+    "fp16": ({"fp16": {"enabled": True, "initial_scale_power": 4}}, 4),
+    "bf16-fp32": ({"bf16": {"enabled": True}, "communication_data_type": "fp32"}, 6),
+    "fp32-bf16": ({"communication_data_type": "bf16"}, 6),
+}
+WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_type": "linear"}}
+
+
+def all_runs():
+    runs = {}
+    for name, (section, _) in CONFIGURED.items():
+        runs[f"configured-{name}"] = {"config": config(optimizer=section, gradient_clipping=0.3)}
+    for name, params in PASSED.items():
+        runs[f"passed-{name}"] = {"config": config(gradient_accumulation_steps=2),
+                                  "optimizer": (name, params)}
+    half = {"full": {}, "bf16": {"bf16": {"enabled": True}},
+            "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8}}}
+    for name, section in half.items():
+        runs[f"half-{name}"] = {"config": config(optimizer=ADAMW, **section), "steps": 24}
+    for name, (keys, bad, scales) in TRACES.items():
+        settings = fp16(initial_scale_power=4, loss_scale_window=3, **keys)
+        runs[f"trace-{name}"] = {"config": settings, "bad_steps": bad, "steps": len(scales)}
+    warmup = {**fp16(initial_scale_power=4), "scheduler": WARMUP}
+    runs["skipping"] = {"config": warmup, "steps": 3, "bad_steps": (2, 3)}
+    runs["short"] = {"config": warmup, "steps": 1}
+    runs["diverged"] = {"config": fp16(initial_scale_power=1, hysteresis=1), "steps": 4,
+                        "bad_steps": (1, 2, 3)}
+    stage0 = fp16(initial_scale_power=1, hysteresis=2) | {"zero_optimization": {"stage": 0}}
+    runs["stage0"] = {"config": stage0, "steps": 4, "bad_steps": (1, 2, 3)}
+    for name, (section, _) in SKIPS.items():
+        runs[f"skips-{name}"] = {"config": config(optimizer=ADAMW) | section, "steps": 2,
+                                 "bad_steps": (1,)}
+    for op, lr in (("sum", 0.01), ("mean", 0.02)):
+        sgd = {"type": "SGD", "params": {"lr": lr}}
+        runs[op] = {"config": config(optimizer=sgd, gradient_allreduce_op=op), "steps": 3}
+    for name, (section, _) in BYTES.items():
+        runs[f"bytes-{name}"] = {"config": config(optimizer=ADAMW, **section), "steps": 4}
+    return runs
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Of both ranks, each on a node of its own, by the run's name."""
+    with cluster.daemons(2) as nodes:
+        return cluster.run("workers:train_small", nodes, WORLD, runs=all_runs(),
+                           metrics=[node.metrics for node in nodes])
+
+
 def check(result, expected):
     losses, norms, weights = expected
     assert result["losses"] == pytest.approx(losses, rel=1e-5)
@@ -90,141 +166,71 @@ def check(result, expected):
         torch.testing.assert_close(result["state"][name], value, rtol=1e-4, atol=2e-6)
 
 
-@pytest.fixture(scope="module")
-def nodes():
-    with cluster.daemons(2) as running:
-        yield running
-
-
-def train(nodes, job, **arguments):
-    return cluster.run("workers:train_small", nodes, WORLD, job=job, **arguments)
-
-
 @pytest.mark.parametrize("name", CONFIGURED)
-def test_configured_optimizers_equal_pytorch(name, nodes):
-    section, make = CONFIGURED[name]
-    result = train(nodes, f"configured-{name.replace(' ', '-')}",
-                   config=config(optimizer=section, gradient_clipping=0.3), steps=STEPS)[0]
-    check(result, plain(make, clip=0.3))
+def test_configured_optimizers_equal_pytorch(name, results):
+    check(results[0][f"configured-{name}"], plain(CONFIGURED[name][1], clip=0.3))
 
 
 @pytest.mark.parametrize("name", PASSED)
-def test_passed_optimizers_equal_pytorch(name, nodes):
-    result = train(nodes, f"passed-{name}", config=config(gradient_accumulation_steps=2),
-                   optimizer=(name, PASSED[name]), steps=STEPS)[0]
+def test_passed_optimizers_equal_pytorch(name, results):
     kind = getattr(torch.optim, name)
-    check(result, plain(lambda p: kind(p, **PASSED[name]), accumulation=2))
+    expected = plain(lambda p: kind(p, **PASSED[name]), accumulation=2)
+    check(results[0][f"passed-{name}"], expected)
 
 
-ADAMW = {"type": "AdamW", "params": {"lr": 1e-3}}
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_half_precision_is_near_full(name, results):
+    full, half = results[0]["half-full"], results[0][f"half-{name}"]
+    assert half["losses"] == pytest.approx(full["losses"], rel=2e-2)
+    assert half["norms"] == pytest.approx(full["norms"], rel=2e-2)
+    assert half["skipped"][-1] == 0
+    assert half["losses"][-1] < half["losses"][0]
 
 
-def fp16(**keys):
-    return config(optimizer=ADAMW, fp16={"enabled": True, **keys})
+@pytest.mark.parametrize("name", TRACES)
+def test_the_loss_scale_moves_as_deepspeeds(name, results):
+    _, bad, scales = TRACES[name]
+    steps = range(1, len(scales) + 1)
+    for rank in results:
+        result = rank[f"trace-{name}"]
+        assert result["scales"] == scales
+        assert result["skipped"] == [sum(b <= s for b in bad) for s in steps]
+        assert result["overflow"] == [s in bad for s in steps]
+        assert result["global_steps"] == len(scales)
+        assert [math.isinf(n) for n in result["norms"]] == result["overflow"]
 
 
-def test_half_precision_is_near_full(nodes):
-    full = train(nodes, "full", config=config(optimizer=ADAMW), steps=24)[0]
-    for name, section in (("bf16", {"bf16": {"enabled": True}}),
-                          ("fp16", {"fp16": {"enabled": True, "initial_scale_power": 8}})):
-        half = train(nodes, name, config=config(optimizer=ADAMW, **section), steps=24)[0]
-        assert half["losses"] == pytest.approx(full["losses"], rel=2e-2)
-        assert half["norms"] == pytest.approx(full["norms"], rel=2e-2)
-        assert half["skipped"][-1] == 0
-        assert half["losses"][-1] < half["losses"][0]
-
-
-# DeepSpeed's traces: window 3, first scale 16.
-@pytest.mark.parametrize("keys,bad,scales", [
-    ({"hysteresis": 2}, [], [16, 16, 16, 16, 32, 32, 32, 64]),
-    ({"hysteresis": 2}, [1, 2, 4], [16, 16, 8, 8, 4, 4, 4, 4, 8]),
-    ({"hysteresis": 2, "consecutive_hysteresis": True}, [1, 3, 5, 6],
-     [16, 16, 16, 16, 16, 16, 8, 8]),
-    ({"hysteresis": 1}, [2], [16, 16, 8, 8, 8, 8, 16]),
-    ({"loss_scale": 128}, [2, 3], [128] * 5),
-])
-def test_the_loss_scale_moves_as_deepspeeds(keys, bad, scales, nodes):
-    result = train(nodes, "scales", config=fp16(initial_scale_power=4, loss_scale_window=3, **keys),
-                   steps=len(scales), bad_steps=bad)
-    for rank in result:
-        assert rank["scales"] == scales
-        assert rank["skipped"] == [sum(b <= s for b in bad) for s in range(1, len(scales) + 1)]
-        assert rank["overflow"] == [s in bad for s in range(1, len(scales) + 1)]
-        assert rank["global_steps"] == len(scales)
-        assert [math.isinf(n) for n in rank["norms"]] == rank["overflow"]
-
-
-def test_a_skipped_step_changes_nothing_and_moves_no_schedule(nodes):
-    settings = fp16(initial_scale_power=4)
-    settings["scheduler"] = {"type": "WarmupLR",
-                             "params": {"warmup_num_steps": 4, "warmup_type": "linear"}}
-    skipping = train(nodes, "skipping", config=settings, steps=3, bad_steps=[2, 3])[0]
-    short = train(nodes, "short", config=settings, steps=1)[0]
-    assert skipping["rates"] == [0, 0, 0]  # the first two applied steps run at the smallest rate
+def test_a_skipped_step_changes_nothing_and_moves_no_schedule(results):
+    skipping, short = results[0]["skipping"], results[0]["short"]
+    # Of the applied steps the first two run at the smallest rate.
+    assert skipping["rates"] == [0, 0, 0]
     for name, value in short["state"].items():
         assert torch.equal(skipping["state"][name], value), name
 
 
-def test_at_the_smallest_scale_every_rank_is_told(nodes):
-    settings = fp16(initial_scale_power=1, hysteresis=1, min_loss_scale=1)
-    with pytest.raises(AssertionError, match="the training has diverged"):
-        train(nodes, "diverged", config=settings, steps=4, bad_steps=[1, 2, 3])
+def test_at_the_smallest_scale_every_rank_is_told(results):
+    for rank in results:
+        assert "the training has diverged" in rank["diverged"]["error"]
 
 
-def test_stage_0_bears_no_overflow_and_never_gives_up(nodes):
-    settings = fp16(initial_scale_power=1, hysteresis=2, min_loss_scale=1)
-    settings["zero_optimization"] = {"stage": 0}
-    result = train(nodes, "stage0", config=settings, steps=4, bad_steps=[1, 2, 3])[0]
-    assert result["scales"] == [2, 1, 1, 1]
+def test_stage_0_bears_no_overflow_and_never_gives_up(results):
+    assert results[0]["stage0"]["scales"] == [2, 1, 1, 1]
 
 
-@pytest.mark.parametrize("section,skips", [
-    ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}, True),
-    ({"bf16": {"enabled": True, "check_grad_overflow": False}, "zero_optimization": {"stage": 2}},
-     False),
-    ({"zero_optimization": {"stage": 2}}, True),
-    ({"zero_optimization": {"stage": 0}}, False),
-])
-def test_where_steps_are_skipped(section, skips, nodes):
-    result = train(nodes, "skips", config={**config(optimizer=ADAMW), **section}, steps=2,
-                   bad_steps=[1])[0]
+@pytest.mark.parametrize("name", SKIPS)
+def test_where_steps_are_skipped(name, results):
+    result, skips = results[0][f"skips-{name}"], SKIPS[name][1]
     assert result["skipped"] == ([1, 1] if skips else [0, 0])
     assert math.isnan(result["losses"][1]) != skips
 
 
-def test_sum_instead_of_mean(nodes):
-    sgd = {"type": "SGD", "params": {"lr": 0.01}}
-    half = {"type": "SGD", "params": {"lr": 0.02}}
-    summed = train(nodes, "sum", steps=3,
-                   config=config(optimizer=sgd, gradient_allreduce_op="sum"))[0]
-    mean = train(nodes, "mean", steps=3, config=config(optimizer=half))[0]
-    assert summed["losses"] == pytest.approx(mean["losses"], rel=1e-6)
+def test_sum_instead_of_mean(results):
+    assert results[0]["sum"]["losses"] == pytest.approx(results[0]["mean"]["losses"], rel=1e-6)
 
 
-@pytest.mark.parametrize("section,bytes_expected", [
-    ({}, 8), ({"bf16": {"enabled": True}}, 4), ({"fp16": {"enabled": True}}, 4),
-    ({"bf16": {"enabled": True}, "communication_data_type": "fp32"}, 6),
-    ({"communication_data_type": "bf16"}, 6),
-])
-def test_bytes_between_nodes(section, bytes_expected):
-    """Per parameter and step, both directions: a gather and a reduction of half of it each."""
-    steps = 4
-    settings = config(optimizer=ADAMW, **section)
-    with cluster.daemons(2) as running:
-        one = traffic(running, settings, "one", 1)
-        more = traffic(running, settings, "more", 1 + steps)
+@pytest.mark.parametrize("name", BYTES)
+def test_bytes_between_nodes(name, results):
+    ends = [rank[f"bytes-{name}"]["sent"] for rank in results]
+    sent = sum(end - begin for begin, end in ends)
     elements = sum(p.numel() for p in workers.small_model().parameters())
-    assert (more - one) / steps / elements == pytest.approx(bytes_expected, rel=0.15)
-
-
-def traffic(nodes, settings, job, steps):
-    before = sent(nodes)
-    train(nodes, job, config=settings, steps=steps)
-    return sent(nodes) - before
-
-
-def sent(nodes):
-    return sum(
-        value for node in nodes for name, value in node.metric_values().items()
-        if name.startswith("zerod_traffic_bytes_total") and "sent_to_members" in name
-    )
+    assert sent / 3 / elements == pytest.approx(BYTES[name][1], rel=0.1)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import time
+import urllib.request
 
 import torch
 
@@ -43,6 +44,56 @@ def gpt_ddp(runs: list[list[str]]) -> list[dict]:
         results.append(train_gpt_ddp.train(train_gpt.parse_arguments(TINY + arguments)))
     dist.destroy_process_group()
     return results
+
+
+TRAFFIC = ("gathered", "scattered", "sent", "received")
+MEMORY = ("parameters", "copies", "gradients", "moments", "window", "accumulator",
+          "client_gradients", "staging", "set_aside", "control")
+
+
+def measured(config: dict, metrics: list[str], steps: int, settle: bool) -> dict:
+    """What each node's daemon counts while the example trains: its memory, and the traffic of a
+    step. `settle`: the counters are read when all units were gathered, so nothing is under way."""
+    import cluster
+    import zerod
+
+    args = train_gpt.parse_arguments([])
+    torch.manual_seed(1)
+    engine, *_ = zerod.initialize(model=train_gpt.GPT(args), config=config)
+    window = torch.arange(args.sequence + 1).view(1, -1) % 256
+    job = config["zerod"]["job"]
+
+    def sample() -> list[dict[str, float]]:
+        if settle:
+            with torch.no_grad():
+                engine(window)
+        zerod.barrier()
+        counted = [
+            {kind: cluster.metric(node, f"zerod_{kind}_bytes_total", job=job) for kind in TRAFFIC}
+            for node in metrics
+        ]
+        zerod.barrier()
+        return counted
+
+    def train(count: int) -> None:
+        for _ in range(count * config.get("gradient_accumulation_steps", 1)):
+            engine.backward(engine(window))
+            engine.step()
+
+    train(2)
+    before = sample()
+    train(steps)
+    after = sample()
+    memory = [
+        {kind: cluster.metric(node, "zerod_memory_bytes", job=job, kind=kind) for kind in MEMORY}
+        for node in metrics
+    ]
+    zerod.barrier()
+    engine.destroy()
+    traffic = [
+        {kind: (a[kind] - b[kind]) / steps for kind in TRAFFIC} for a, b in zip(after, before)
+    ]
+    return {"memory": memory, "traffic": traffic}
 
 
 def counters() -> dict[str, float]:
@@ -141,6 +192,42 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return torch.randn(zoo.WIDTH, generator=torch.Generator().manual_seed(index))
+
+
+def unused_parameters(config: dict, leave_out: bool = False) -> tuple[list[str], int, dict]:
+    """Three steps; in the second, unless it is left out, no rank uses all parameters. The errors,
+    the number of the last step, and the weights."""
+    import zerod
+
+    rank, _ = rank_and_world()
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.always, self.by_one, self.never = (
+                torch.nn.Linear(zoo.WIDTH, zoo.WIDTH) for _ in range(3)
+            )
+
+        def forward(self, x: torch.Tensor, everything: bool) -> torch.Tensor:
+            x = self.always(x)
+            if rank == 1:
+                x = self.by_one(x)
+            return self.never(x) if everything else x
+
+    torch.manual_seed(4)
+    engine, *_ = zerod.initialize(model=Model(), config=config)
+    errors = []
+    for step, everything in enumerate((True, False, True)):
+        if leave_out and not everything:
+            continue
+        engine.backward(engine(zoo.batch(rank, step), everything).square().mean())
+        try:
+            engine.step()
+        except zerod.FailedPrecondition as error:
+            errors.append(str(error))
+    state = engine.state_dict()
+    engine.destroy()
+    return errors, engine.global_steps, state
 
 
 def attach_one(model: str, config: dict, world: int | None = None) -> str:
@@ -328,35 +415,50 @@ def initialized(config: dict, hidden_size: int = 4) -> dict:
     return {"engine": engine.config, "daemon": json.loads(engine.client.resolved_config)}
 
 
-def train_small(config: dict, steps: int, optimizer: tuple | None = None,
-                bad_steps: list[int] | None = None, scheduler: tuple | None = None) -> dict:
-    """Trains a small model in float32 data, every rank on its own rows. At `bad_steps` (from 1) the
-    last rank's loss is infinite."""
+def train_small(runs: dict[str, dict], metrics: list[str]) -> dict[str, dict]:
+    """`train_one` for each, one job after the other; an error is a result too."""
+    import zerod
+
+    results = {}
+    for name, run in runs.items():
+        run["config"] = {**run["config"], "zerod": {"job": name}}
+        try:
+            results[name] = train_one(metrics[int(os.environ["GROUP_RANK"])], **run)
+        except zerod.ZerodError as error:
+            results[name] = {"error": str(error)}
+            zerod.collectives.current().destroy()
+    return results
+
+
+def train_one(metrics: str, config: dict, steps: int = 6, optimizer: tuple | None = None,
+              bad_steps: tuple[int, ...] = ()) -> dict:
+    """Trains a small model, every rank on its own rows. `optimizer`: class of torch.optim and its
+    arguments. At `bad_steps` (from 1) the last rank's loss is infinite."""
     import zerod
 
     rank, world = rank_and_world()
     torch.manual_seed(5)
     model = small_model()
-    built = getattr(torch.optim, optimizer[0])(groups_of(model), **optimizer[1]) if optimizer else None
-    lr_scheduler = getattr(torch.optim.lr_scheduler, scheduler[0]) if scheduler else None
+    groups = groups_of(model)
+    built = getattr(torch.optim, optimizer[0])(groups, **optimizer[1]) if optimizer else None
     engine, built, _, _ = zerod.initialize(
-        model=model, optimizer=built, model_parameters=None if optimizer else groups_of(model),
-        lr_scheduler=(lambda o: lr_scheduler(o, **scheduler[1])) if scheduler else None,
-        config=config,
+        model=model, optimizer=built, model_parameters=None if optimizer else groups, config=config
     )
     dtype = next(engine.module.parameters()).dtype
     result: dict = {"losses": [], "norms": [], "scales": [], "skipped": [], "rates": [],
-                    "overflow": []}
+                    "overflow": [], "sent": []}
     for step in range(1, steps + 1):
+        result["scales"].append(built.loss_scale)
+        result["rates"].append(engine.get_lr()[0])
         for micro in range(engine.gradient_accumulation_steps()):
             x, y = small_batch(step, micro, rank)
             loss = (engine(x.to(dtype)).float() - y).square().mean()
-            if rank == world - 1 and step in (bad_steps or []):
-                loss = loss * float("inf")
+            if step in (1, steps):
+                zerod.barrier()  # all have gathered what this step needs, and reduced nothing of it
+                result["sent"].append(sent_bytes(metrics, config["zerod"]["job"]))
             result["losses"].append(loss.item())
-            result["scales"].append(built.loss_scale)
-            result["rates"].append(engine.get_lr()[0])
-            engine.backward(loss)
+            bad = rank == world - 1 and step in bad_steps
+            engine.backward(loss * float("inf") if bad else loss)
             engine.step()
         result["norms"].append(engine.get_global_grad_norm())
         result["skipped"].append(engine.skipped_steps)
@@ -365,6 +467,13 @@ def train_small(config: dict, steps: int, optimizer: tuple | None = None,
     result["global_steps"] = engine.global_steps
     engine.destroy()
     return result
+
+
+def sent_bytes(address: str, job: str) -> float:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    found = re.search(rf'^zerod_sent_bytes_total{{job="{job}"}} (\S+)$', text, re.MULTILINE)
+    return float(found.group(1)) if found else 0.0
 
 
 def small_model() -> torch.nn.Module:

@@ -384,6 +384,42 @@ def mixture_of_experts(rank, world):
 
 
 @case
+def leaf_module(rank, world):
+    """Experts that are gathered with their router, whichever are called."""
+    from zerod import set_z3_leaf_modules
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = nn.Linear(WIDTH, 4)
+            self.experts = nn.ModuleList(Block() for _ in range(4))
+
+        def forward(self, x, first):
+            weights = self.router(x).softmax(-1)
+            for i in (first, (first + 1) % 3):
+                x = x + weights[:, i : i + 1] * self.experts[i](x)
+            return x
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Experts(), Experts()
+
+        def forward(self, x, first):
+            return self.second(self.first(x, first), first + 1)
+
+    def train(engine, step):
+        assert [u.name for u in engine.client.units] == ["first", "second"]
+        loss = engine(batch(rank, step), (rank + step) % 2).square().mean()
+        engine.backward(loss)
+        return loss.item()
+
+    model = Model()
+    set_z3_leaf_modules(model, [Experts])
+    return model, train
+
+
+@case
 def experts_by_turns(rank, world):
     """Three micro-steps; in none of them do two ranks use the same experts."""
 

@@ -113,6 +113,8 @@ MUTANTS = [
     ("refused_step_counts", "sequencer.cc",
      "  if (kind == Decision::Kind::kRefuse) return AfterCommit(out);\n  ++committed_;",
      "  ++committed_;\n  if (kind == Decision::Kind::kRefuse) return AfterCommit(out);"),
+    ("commit_without_gradients", "sequencer.cc",
+     "    if (!d.reason.empty()) {\n", "    if (d.reason.size() == 1) {\n"),
     ("forget_member_down", "job.cc",
      "state_ == JobState::kEnded || member == spec_.self) return;",
      "state_ == JobState::kEnded || member <= spec_.members) return;"),

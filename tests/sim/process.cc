@@ -247,6 +247,7 @@ void Process::OnError(const Request& request, const absl::Status& status) {
   }
   bool refused = false;
   for (Rank r = 0; r < s_.world(); ++r) refused |= Disagrees(s_, r, step_, attempt_);
+  refused |= s_.spec.refuse_untouched && LacksGradients(s_, step_, attempt_);
   if (request.kind == OpKind::kStep && refused && absl::IsFailedPrecondition(status)) {
     // Its gradients are gone with it; the script computes the step once more.
     ++attempt_;

@@ -155,6 +155,7 @@ Scenario Scenario::FromSeed(uint64_t seed) {
     scale.hysteresis = random.Between(1, 2);
     scale.fails_at_min = false;
   }
+  spec.refuse_untouched = random.Percent(10);
   return s;
 }
 
@@ -173,6 +174,7 @@ std::string Scenario::Text() const {
   const std::pair<bool, const char*> flags[] = {
       {spec.skip_nonfinite, "skip_nonfinite"},
       {spec.loss_scale.has_value(), "loss scale"}, {spec.untouched_as_zero, "untouched_as_zero"},
+      {spec.refuse_untouched, "refuse_untouched"},
       {divergent, "divergent"}, {unequal, "unequal"}, {late, "late"}, {pieces, "pieces"},
       {collectives, "collectives"}, {barriers, "barriers"}, {evaluation, "evaluation"},
       {puts, "puts"}, {nonfinite, "nonfinite"}, {refuse, "refuse"}, {stall, "stall"},
@@ -211,6 +213,8 @@ class Script {
   void MicroStep(uint32_t micro_step, bool last, bool common);
   void Late(uint32_t micro_step);
   bool Uses(UnitIndex u) const { return (used_ >> u) & 1; }
+  // A step that was refused for want of a gradient is done again with all of them.
+  bool Complete() const { return s_.spec.refuse_untouched && attempt_ > 0; }
   uint64_t RandomPlaces(UnitIndex u);
 
   const Scenario& s_;
@@ -228,7 +232,8 @@ uint64_t Script::RandomPlaces(UnitIndex u) {
   const core::Unit& unit = s_.layout().units()[u];
   uint64_t places = 0;
   for (size_t i = 0; i < unit.parameters.size(); ++i) {
-    if (s_.layout().parameters()[unit.parameters[i]].trainable && own_.Percent(85)) {
+    if (!s_.layout().parameters()[unit.parameters[i]].trainable) continue;
+    if (Complete() || own_.Percent(85)) {
       places |= uint64_t{1} << i;
     }
   }
@@ -272,7 +277,7 @@ void Script::MicroStep(uint32_t micro_step, bool last, bool common) {
   Random* path = s_.divergent ? &own_ : &shared_;
   used_ = 0;
   for (UnitIndex u = 0; u < units; ++u) {
-    if (path->Percent(85)) used_ |= uint64_t{1} << u;
+    if (Complete() || path->Percent(85)) used_ |= uint64_t{1} << u;
   }
   UnitIndex held = units;  // none; some modules stay gathered while the next runs
   for (UnitIndex u = 0; u < units; ++u) {
@@ -369,6 +374,23 @@ bool Disagrees(const Scenario& s, Rank rank, Step step, uint32_t attempt) {
   Random random(Hash(s.seed, kDisagree, step));
   if (!s.refuse || attempt > 0 || s.world() == 1 || !random.Percent(50)) return false;
   return random.Below(s.world()) == rank;
+}
+
+bool LacksGradients(const Scenario& s, Step step, uint32_t attempt) {
+  std::vector<uint64_t> touched(s.cells.size(), 0);
+  for (Rank r = 0; r < s.world(); ++r) {
+    for (const Op& op : StepProgram(s, r, step, attempt)) {
+      if (op.kind == OpKind::kLand) touched[op.unit] |= op.places;
+    }
+  }
+  for (UnitIndex u = 0; u < s.cells.size(); ++u) {
+    const auto& parameters = s.layout().units()[u].parameters;
+    for (size_t i = 0; i < parameters.size(); ++i) {
+      const bool lacks = (touched[u] >> i & 1) == 0;
+      if (lacks && s.layout().parameters()[parameters[i]].trainable) return true;
+    }
+  }
+  return false;
 }
 
 core::HyperParameters Hyper(const Scenario& s, Rank rank, Step step, uint32_t attempt) {

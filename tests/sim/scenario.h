@@ -121,6 +121,8 @@ std::vector<Op> StepProgram(const Scenario& s, Rank rank, Step step, uint32_t at
 std::vector<Op> FinalProgram(const Scenario& s, Rank rank);
 // True where `rank` and the others disagree about the step's learning rate.
 bool Disagrees(const Scenario& s, Rank rank, Step step, uint32_t attempt);
+// True where no rank has a gradient for some trainable parameter in this attempt at the step.
+bool LacksGradients(const Scenario& s, Step step, uint32_t attempt);
 core::HyperParameters Hyper(const Scenario& s, Rank rank, Step step, uint32_t attempt);
 
 // PUT of a step: rank 0 initialises everything in step 1, later steps write one unit at times.

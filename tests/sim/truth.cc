@@ -105,6 +105,9 @@ void Truth::Commit(Step step, const std::vector<std::shared_ptr<Process>>& proce
       Violate(absl::StrCat("step ", step, " is committed though rank ", p->rank(), " disagrees"));
     }
   }
+  if (s_.spec.refuse_untouched && LacksGradients(s_, step, processes[0]->attempt())) {
+    Violate(absl::StrCat("step ", step, " is committed without every gradient"));
+  }
   Outcome& outcome = outcomes_[step];
   Weights w = before_.at(step);
   const auto& parameters = s_.layout().parameters();

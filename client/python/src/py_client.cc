@@ -235,13 +235,14 @@ std::unique_ptr<PyClient> Attach(std::vector<client::ModuleInfo> modules,
 void DefineValues(nb::module_& m) {
   nb::class_<Memory>(m, "_Memory");
   nb::class_<client::ModuleInfo>(m, "ModuleInfo")
-      .def(nb::new_([](std::string path, std::string type, bool is_container) {
-             return client::ModuleInfo{std::move(path), std::move(type), is_container};
+      .def(nb::new_([](std::string path, std::string type, bool is_container, bool leaf) {
+             return client::ModuleInfo{std::move(path), std::move(type), is_container, leaf};
            }),
-           "path"_a, "type"_a, "is_container"_a = false)
+           "path"_a, "type"_a, "is_container"_a = false, "leaf"_a = false)
       .def_rw("path", &client::ModuleInfo::path)
       .def_rw("type", &client::ModuleInfo::type)
-      .def_rw("is_container", &client::ModuleInfo::is_container);
+      .def_rw("is_container", &client::ModuleInfo::is_container)
+      .def_rw("leaf", &client::ModuleInfo::leaf);
   nb::class_<client::ParameterInfo>(m, "ParameterInfo")
       .def(nb::new_([](std::string name, std::vector<int64_t> shape, bool trainable,
                        uint32_t group, std::vector<std::string> modules) {

@@ -29,6 +29,15 @@ from zerod.errors import (
 )
 from zerod.gathered import GatheredParameters
 from zerod.initialization import initialize
+from zerod.leaf import (
+    get_z3_leaf_modules,
+    set_z3_leaf_module,
+    set_z3_leaf_modules,
+    set_z3_leaf_modules_by_name,
+    set_z3_leaf_modules_by_suffix,
+    unset_z3_leaf_modules,
+    z3_leaf_module,
+)
 from zerod.loader import Loader
 from zerod.optimizer import SGD, Adagrad, Adam, AdamW, Lion
 from zerod.schedule import WarmupLR
@@ -58,5 +67,12 @@ __all__ = [
     "__version__",
     "all_reduce",
     "barrier",
+    "get_z3_leaf_modules",
     "initialize",
+    "set_z3_leaf_module",
+    "set_z3_leaf_modules",
+    "set_z3_leaf_modules_by_name",
+    "set_z3_leaf_modules_by_suffix",
+    "unset_z3_leaf_modules",
+    "z3_leaf_module",
 ]

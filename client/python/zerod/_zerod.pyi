@@ -79,7 +79,10 @@ class ModuleInfo:
     path: str
     type: str
     is_container: bool
-    def __init__(self, path: str, type: str, is_container: bool = False) -> None: ...
+    leaf: bool
+    def __init__(
+        self, path: str, type: str, is_container: bool = False, leaf: bool = False
+    ) -> None: ...
 
 class ParameterInfo:
     name: str

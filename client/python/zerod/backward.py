@@ -69,8 +69,11 @@ class Expectation:
 class BackwardPass:
     """Lands the gradients of one client, and keeps count of what a unit still waits for."""
 
-    def __init__(self, client: Any, parameters: list[ManagedParameter]) -> None:
+    def __init__(
+        self, client: Any, parameters: list[ManagedParameter], overlap: bool = True
+    ) -> None:
         self.client = client
+        self.overlap = overlap  # units are reduced before the pass ends; else after it
         self.serial = 0  # of the outermost pass, from 1
         self.open_calls = [0] * len(client.units)
         self.on_unit_done: Callable[[int], None] | None = None
@@ -183,7 +186,7 @@ class BackwardPass:
             self.expect(unit)
             pending = self._pending[unit]
         pending.discard(index)
-        complete = self.expectation.complete(unit) and self.is_last()
+        complete = self.overlap and self.expectation.complete(unit) and self.is_last()
         if unit in self._landed and (complete or not pending):
             self._scatter(unit, last=complete)
         if not pending and self.on_unit_done:

@@ -12,7 +12,7 @@ from torch import nn
 from zerod import at_exit, collectives, garbage, gathered
 from zerod.backward import BackwardPass
 from zerod.client_state import ClientState
-from zerod.hooks import Gathering
+from zerod.hooks import Gathering, Trace
 from zerod.launch import Launch
 from zerod.loader import Loader
 from zerod.model import ModelDescription, tensors_in
@@ -66,18 +66,23 @@ class Engine(nn.Module):
         self.micro_steps = 0
         self.global_steps = 0
         self.skipped_steps = 0
-        self.want_grad_norm = False
+        zero = self.config["zero_optimization"]
+        self.want_grad_norm: bool = zero["compute_grad_norm"]
         self.client_state: dict[str, Any] = {}
         self._forced_boundary: bool | None = None
         self._grad_norm: float | None = None
         self._step_applied = False
         self._lr_kwargs: dict[str, Any] = {}  # of the step being made
         self._destroyed = False
-        self.backward_pass = BackwardPass(self.client, self.description.parameters)
+        self.backward_pass = BackwardPass(
+            self.client, self.description.parameters, overlap=zero["overlap_comm"] is not False
+        )
         self.backward_pass.is_last = self.is_gradient_accumulation_boundary
         self.backward_pass.needs_scale = self.fp16_enabled()
         self.precision = Precision(self.config)
         self.gathering = Gathering(self.module, self.description, self.client, self.backward_pass)
+        if zero["log_trace_cache_warnings"]:
+            self.gathering.trace = Trace([unit.name for unit in self.client.units])
         self.versions = Versions(self.description.parameters)
         self._state_dict_hooks = StateDictHooks(self.weights, self.module)
         limit = self.config["zerod"]["client_state_bytes_max"]
@@ -159,6 +164,7 @@ class Engine(nn.Module):
             blob=self._state.capture(self._state_parts()),
         )
         self.backward_pass.committed()
+        self.gathering.end_step()
         self.versions.bump()
         self.global_steps += 1
         self._step_applied = not result.skipped
@@ -344,8 +350,8 @@ class Engine(nn.Module):
 
     def get_global_grad_norm(self) -> float | None:
         """Of the last step's mean gradient, before clipping; infinite where the step was skipped.
-        None where it was not computed: it is with clipping, where steps can be skipped, or when
-        `engine.want_grad_norm` is set."""
+        None where it was not computed: it is with clipping, where steps can be skipped, and while
+        `engine.want_grad_norm` is set (at first: compute_grad_norm)."""
         return self._grad_norm
 
     def was_step_applied(self) -> bool:

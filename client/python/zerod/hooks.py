@@ -12,6 +12,7 @@ in a unit's memory. Units that are resident need none of this and get no hook.
 Holds are a set: gathering twice and releasing twice do no harm.
 """
 
+import logging
 import sys
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from torch import nn
 from zerod.backward import BackwardPass
 from zerod.model import ModelDescription, callable_module, paths_of, tensors_in
 
+log = logging.getLogger("zerod")
 _task_id = torch._C._current_graph_task_id  # -1 outside of backward
 
 
@@ -74,6 +76,33 @@ class Call:
             self.gathering.release_if_done(self.unit)
 
 
+class Trace:
+    """Says when a step gathers other units than the one before, or in another order: what was
+    gathered ahead was then not what was needed."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+        self._last: list[int] | None = None
+        self._units: list[int] = []
+
+    def add(self, unit: int) -> None:
+        self._units.append(unit)
+
+    def end_step(self) -> None:
+        last, self._last, self._units = self._last, self._units, []
+        if last is None or last == self._last:
+            return
+        now = self._last
+        place = next((i for i, (a, b) in enumerate(zip(last, now)) if a != b), None)
+        if place is None:
+            log.warning("the step gathered %d units, the one before %d", len(now), len(last))
+        else:
+            log.warning(
+                "gather %d of the step was of unit %r, in the step before of %r",
+                place + 1, self._names[now[place]], self._names[last[place]],
+            )
+
+
 class Gathering:
     """The holds of one client."""
 
@@ -82,6 +111,7 @@ class Gathering:
     ) -> None:
         self.client = client
         self.backward = backward
+        self.trace: Trace | None = None
         views = client.units
         self.held = bytearray(len(views))
         self.pins = [0] * len(views)  # GatheredParameters
@@ -108,6 +138,13 @@ class Gathering:
         if not self.held[unit]:
             self.client.gather(unit)
             self.held[unit] = 1
+            if self.trace:
+                self.trace.add(unit)
+
+    def end_step(self) -> None:
+        """After STEP."""
+        if self.trace:
+            self.trace.end_step()
 
     def release(self, unit: int) -> None:
         if self.held[unit] and not self.depth[unit] and not self.pins[unit]:

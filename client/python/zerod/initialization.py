@@ -15,6 +15,7 @@ from zerod import (
     _zerod,
     auto_values,
     config as configuration,
+    leaf,
     monitors,
     optimizer as optimizers,
     peers,
@@ -90,6 +91,7 @@ def initialize(
             collate_fn=collate_fn,
             drop_last=resolved["dataloader_drop_last"],
         )
+    leaf.apply_config(model, resolved["zero_optimization"])
     description = describe(model, dtype, built)
     client = _attach(resolved, description, built, launch, address, dtype)
     try:

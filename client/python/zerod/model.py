@@ -9,6 +9,7 @@ from torch import nn
 
 from zerod import _zerod
 from zerod.errors import ModelError
+from zerod.leaf import z3_leaf_module
 
 # Modules that read parameters of their children without calling them: one piece to us.
 _ATOMIC = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -65,7 +66,12 @@ def describe(
         owner_of[path] = owner
         if owner == path or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             description.modules.append(
-                _zerod.ModuleInfo(path, _type_name(module), isinstance(module, _CONTAINERS))
+                _zerod.ModuleInfo(
+                    path,
+                    _type_name(module),
+                    isinstance(module, _CONTAINERS),
+                    leaf=z3_leaf_module(module),
+                )
             )
     by_identity: dict[int, ManagedParameter] = {}
     for path, module in model.named_modules():

@@ -31,6 +31,7 @@ struct ModuleInfo {
   std::string path;
   std::string type;
   bool is_container = false;
+  bool leaf = false;  // gathered as one, with all modules within; the caller applies leaf_module
 };
 struct ParameterInfo {
   std::string name;

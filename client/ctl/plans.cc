@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "client/ctl/plans.h"
+
+#include <cstdio>
+#include <utility>
+
+#include "base/config_parse.h"
+#include "base/status.h"
+#include "client/ctl/models.h"
+#include "client/ctl/tables.h"
+
+namespace zerod::ctl {
+namespace {
+
+// What the model's modules would decide, and a plan's do not have.
+void NoteWhatIsNotPlanned(const Config& config) {
+  const Config::LeafModule& leaf = config.zero.leaf_module;
+  if (config.zero.module_granularity_threshold == 0 && leaf == Config::LeafModule()) return;
+  std::fputs("zerodctl: leaf_module and stage3_module_granularity_threshold are about the classes "
+             "of a model's modules, which a plan does not know: it is made without them\n",
+             stderr);
+}
+
+}  // namespace
+
+absl::Status Plan(Daemon* daemon, const PlanArguments& arguments, bool json) {
+  KnownModel known;
+  if (arguments.parameters != 0) {
+    known = UniformModel(arguments.parameters);
+  } else {
+    ASSIGN_OR_RETURN(known, ModelByName(arguments.model));
+  }
+  CheckConfigArguments source = arguments.config;
+  if (source.hidden_sizes.empty()) source.hidden_sizes.push_back(known.hidden_size);
+  ASSIGN_OR_RETURN(const ParsedConfig parsed, ReadConfig(source));
+  NoteWhatIsNotPlanned(parsed.config);
+  v1::PlanRequest request;
+  request.set_config(parsed.config.ToJson());
+  *request.mutable_model() = std::move(known.model);
+  request.mutable_model()->set_dtype(parsed.config.bf16 ? v1::DATA_TYPE_BFLOAT16
+                                                        : v1::DATA_TYPE_FLOAT32);
+  request.set_nodes(arguments.nodes);
+  request.set_world(source.world);
+  request.set_node_memory_bytes(arguments.node_memory_bytes);
+  ASSIGN_OR_RETURN(const v1::PlanResponse plan, daemon->Plan(request));
+  std::fputs((json ? ToJson(plan) : PlanText(known.name, plan)).c_str(), stdout);
+  return absl::OkStatus();
+}
+
+}  // namespace zerod::ctl
