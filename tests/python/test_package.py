@@ -337,7 +337,7 @@ def test_refused_models(fake):
     refused(nn.ReLU(), "no parameters")
     model = nn.Linear(2, 2)
     for optimizer in (
-        torch.optim.SGD(model.parameters(), lr=1),
+        torch.optim.RMSprop(model.parameters(), lr=1),
         torch.optim.AdamW(model.parameters(), amsgrad=True),
         torch.optim.AdamW(nn.Linear(2, 2).parameters()),
     ):

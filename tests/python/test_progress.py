@@ -215,6 +215,30 @@ def test_the_loaders_last_batch(fake):
         assert [len(batch) for batch in loader] == sizes
 
 
+FP16_SCRIPT = """
+import torch, zerod, sys
+engine, *_ = zerod.initialize(model=torch.nn.Linear(4, 1).half(), config={
+    "train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "AdamW"},
+    "fp16": {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 2, "hysteresis": 1},
+    "csv_monitor": {"enabled": True, "output_path": "FOLDER", "job_name": "run"}})
+for step in range(4):
+    x = torch.full((2, 4), float("inf") if step == 1 else 1.0, dtype=torch.half)
+    engine.backward(engine(x).float().sum())
+    engine.step()
+assert engine.skipped_steps == 1
+"""
+
+
+def test_the_loss_scale_is_written(tmp_path):
+    with cluster.daemons(1) as nodes:
+        source = FP16_SCRIPT.replace("FOLDER", str(tmp_path))
+        cluster.run("workers:run_script", nodes, 1, source=source)
+    path = tmp_path / "run" / "Train_Samples_loss_scale.csv"
+    with open(path, encoding="utf-8") as file:
+        assert list(csv.reader(file))[1:] == [
+            ["2", "16.0"], ["4", "8.0"], ["6", "8.0"], ["8", "8.0"]]
+
+
 SCRIPT = """
 import logging
 import torch, zerod, zoo, sys

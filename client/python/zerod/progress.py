@@ -160,6 +160,8 @@ class Progress:
             losses = [loss.item() for loss in self._losses]
             values["Train/Samples/train_loss"] = sum(losses) / len(losses)
         values["Train/Samples/lr"] = engine.get_lr()[0]
+        if engine.fp16_enabled():
+            values["Train/Samples/loss_scale"] = engine.client.loss_scale
         if self._config["wall_clock_breakdown"]:
             for part in PARTS:
                 name = f"Train/Samples/elapsed_time_ms_{part}"
