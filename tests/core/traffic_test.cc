@@ -32,9 +32,9 @@ struct Case {
 };
 class TrafficStages : public ::testing::TestWithParam<Case> {};
 
-// What each of N members sends per parameter: (N-1)/N of a gradient, in the parameters' type, to its
-// owner, and of an updated parameter to those who want it, or at stage 0 of the reduced gradient, in
-// fp32, to all.
+// What each of N members sends per parameter: (N-1)/N of a gradient, in the parameters' type, to
+// its owner, and of an updated parameter to those who want it, or at stage 0 of the reduced
+// gradient, in fp32, to all.
 TEST_P(TrafficStages, BytesOnTheWire) {
   const Case& c = GetParam();
   ModelDescription model = Gpt(8, 128);
