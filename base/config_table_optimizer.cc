@@ -181,8 +181,8 @@ void AppendCycleKeys(std::vector<ConfigKey>* keys) {
   of(one, {.path = "scheduler.params.decay_step_size", .note = "0: no decay after the cycle",
            .slot = SLOT(scheduler.decay_step_size), .min = 0, .max = kCountMax});
   of(one, {.path = "scheduler.params.cycle_momentum",
-           .note = "the first beta of an optimizer that has them, against the rate; as in DeepSpeed "
-                   "the second is 0.99 then",
+           .note = "the first beta of an optimizer that has them, against the rate; as in "
+                   "DeepSpeed the second is 0.99 then",
            .slot = SLOT(scheduler.cycle_momentum)});
   of(one, {.path = "scheduler.params.cycle_min_mom", .slot = SLOT(scheduler.cycle_min_mom),
            .min = 0, .max = 1, .max_excluded = true});
