@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--system", choices=("zerod", "deepspeed"), required=True)
     parser.add_argument("--config", required=True, help="JSON text")
     parser.add_argument("--micro-steps", type=int, required=True)
+    parser.add_argument("--bad", type=int, nargs="*", default=[],
+                        help="micro-steps, from 0, whose gradients are to overflow")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -44,13 +46,13 @@ def main() -> None:
     engine, optimizer, _, _ = initialize(args.system, model, json.loads(args.config))
     data = torch.Generator().manual_seed(12)
     seen: dict[str, list] = {"losses": [], "norms": [], "rates": [], "scales": [], "skipped": []}
-    for _ in range(args.micro_steps):
+    for micro_step in range(args.micro_steps):
         tokens = torch.randint(0, 16, (world * BATCH, 33), generator=data).square() % 251
         loss = engine(tokens[rank * BATCH : (rank + 1) * BATCH])
         seen["losses"].append(loss.item())
         seen["rates"].append(optimizer.param_groups[0]["lr"])
-        seen["scales"].append(float(getattr(optimizer, "cur_scale", 1.0)))
-        engine.backward(loss)
+        seen["scales"].append(float(getattr(optimizer, "loss_scale", 1.0)))
+        engine.backward(loss * float("inf") if micro_step in args.bad else loss)
         boundary = engine.is_gradient_accumulation_boundary()
         engine.step()
         if boundary:
