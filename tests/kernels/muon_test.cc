@@ -197,7 +197,7 @@ struct Shape {
   size_t rows, columns;
 };
 const Shape kShapes[] = {{1, 1},  {1, 7},   {7, 1},   {16, 16}, {33, 65},
-                         {65, 33}, {20, 130}, {150, 40}, {64, 300}, {97, 98}};
+                         {65, 33}, {20, 130}, {150, 40}, {40, 200}, {97, 98}};
 
 void ExpectFollowsTextbook(const std::vector<float>& u, const Shape& shape, double allowed) {
   const std::vector<double> expected = Textbook(u, shape.rows, shape.columns);
@@ -221,7 +221,7 @@ TEST_P(MuonTest, OrthogonalizeFollowsTheTextbook) {
 // A gradient is often nearly of low rank, and small singular values are where rounding errors grow:
 // five rounds raise them by up to 3.4445^5 = 485.
 TEST_P(MuonTest, OrthogonalizeFollowsTheTextbookAtLowRank) {
-  for (const Shape& shape : {Shape{64, 300}, Shape{150, 40}}) {
+  for (const Shape& shape : {Shape{48, 200}, Shape{150, 40}}) {
     const size_t rank = 3;
     const std::vector<float> left = RandomFloats(shape.rows * rank, 25, false);
     const std::vector<float> right = RandomFloats(shape.columns * rank, 26, false);
