@@ -16,7 +16,6 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "absl/time/clock.h"
-#include "base/config_parse.h"
 #include "base/status.h"
 #include "client/cpp/attachment.h"
 #include "client/cpp/embedded.h"
@@ -304,15 +303,6 @@ absl::StatusOr<DaemonInfo> EnsureDaemon(const AttachOptions& options) {
 
 std::string EmbeddedAddress(const std::string& job, uint32_t node_rank) {
   return absl::StrCat("unix:", EmbeddedPathsOf(job, node_rank).socket);
-}
-
-absl::StatusOr<std::string> CheckConfig(const std::string& json, uint32_t world,
-                                        std::vector<std::string>* warnings) {
-  ParseOptions options;
-  options.world = world;
-  ASSIGN_OR_RETURN(ParsedConfig parsed, ParseConfig(json, options));
-  if (warnings != nullptr) *warnings = std::move(parsed.warnings);
-  return parsed.config.ToJson();
 }
 
 }  // namespace zerod::client

@@ -209,12 +209,6 @@ class ZEROD_EXPORT Client {
   virtual std::shared_ptr<const void> memory() const = 0;
 };
 
-// What a configuration comes to for a job of `world` ranks, as JSON (see zerod::Config): the
-// daemon's own parser, without a daemon. `warnings`, where not null, gets a line for each thing
-// that works and is better written otherwise.
-ZEROD_EXPORT absl::StatusOr<std::string> CheckConfig(const std::string& json, uint32_t world,
-                                                     std::vector<std::string>* warnings = nullptr);
-
 // The directory and address that an embedded daemon of this user, job and node would have.
 ZEROD_EXPORT std::string EmbeddedAddress(const std::string& job, uint32_t node_rank);
 
