@@ -84,7 +84,8 @@ def run_limited(limit_bytes: int, stage: int):
 def test_a_daemon_works_just_above_the_formula_and_refuses_below():
     parameters = 16 * 2 * 256 * 1024
     # Stage 2 of two members: 4 + 12/2 bytes, plus the client's gradient window (4), staging (four
-    # pieces of a unit, in and out: 16 MiB), rings and transfer area (13 MiB), and the daemon itself.
+    # pieces of a unit, in and out: 16 MiB), rings and transfer area (13 MiB), and the daemon
+    # itself.
     needed = 14 * parameters + (16 << 20) + (13 << 20)
     process = 48 << 20
     assert len(run_limited(needed + process, stage=2)) == 2
