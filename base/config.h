@@ -323,14 +323,6 @@ struct Config {
   // what it says beside the configuration.
   static absl::StatusOr<Config> Parse(absl::string_view json, uint32_t world);
 
-  // Whether a step whose gradients are not finite is skipped, as DeepSpeed does it: always in fp16;
-  // in bf16 unless bf16.check_grad_overflow is off, which stage 3 does not heed; in fp32 from
-  // stage 1 on.
-  bool SkipsNonfinite() const {
-    if (fp16.enabled || zero.stage == 3) return true;
-    return bf16 ? bf16_options.check_grad_overflow : zero.stage > 0;
-  }
-
   // Every key that has a value here, as JSON text with sorted keys: equal configurations give
   // equal texts, and Parse of it for the same world gives this configuration back. "optimizer" and
   // "scheduler" are null where their type is empty, and without keys of other types.

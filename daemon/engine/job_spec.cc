@@ -24,6 +24,15 @@ core::LossScaleSpec LossScaleOf(const Config& config) {
   return spec;
 }
 
+// Where DeepSpeed skips a step whose gradients are not finite: in fp16, in bf16 where it is told to
+// check, and wherever its ZeRO computes a norm (at stages 1 and 2 not in an unchecked bf16).
+bool SkipsNonfinite(const Config& config) {
+  if (config.fp16.enabled) return true;
+  if (config.bf16 && config.bf16_options.check_grad_overflow) return true;
+  if (!config.zero.compute_grad_norm) return false;
+  return config.zero.stage == 3 || (config.zero.stage > 0 && !config.bf16);
+}
+
 }  // namespace
 
 core::JobSpec MakeJobSpec(const JobRequest& request, const core::JobPlan& plan) {
@@ -39,7 +48,7 @@ core::JobSpec MakeJobSpec(const JobRequest& request, const core::JobPlan& plan) 
   spec.stage = config.zero.stage;
   spec.node_sum = plan.node_sum;
   spec.sum_gradients = config.communication.gradient_allreduce_op == "sum";
-  spec.skip_nonfinite = config.SkipsNonfinite();
+  spec.skip_nonfinite = SkipsNonfinite(config);
   if (config.fp16.enabled) spec.loss_scale = LossScaleOf(config);
   spec.untouched_as_zero = config.zerod.unused_parameters == "zero";
   // As in DeepSpeed, at the two stages alone.
