@@ -126,12 +126,14 @@ def all_runs():
         runs[f"passed-{name}"] = {"config": config(gradient_accumulation_steps=2),
                                   "optimizer": (name, params)}
     half = {"full": {}, "bf16": {"bf16": {"enabled": True}},
-            "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8}}}
+            "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8, "auto_cast": True}},
+            "autocast": {"torch_autocast": {"enabled": True}}}
     for name, section in half.items():
         runs[f"half-{name}"] = {"config": config(optimizer=ADAMW, **section), "steps": 24}
     for name, (keys, bad, scales) in TRACES.items():
         settings = fp16(initial_scale_power=4, loss_scale_window=3, **keys)
         runs[f"trace-{name}"] = {"config": settings, "bad_steps": bad, "steps": len(scales)}
+    runs["unscaled"] = {"config": fp16(), "steps": 1, "plain_backward": True}
     warmup = {**fp16(initial_scale_power=4), "scheduler": WARMUP}
     runs["skipping"] = {"config": warmup, "steps": 3, "bad_steps": (2, 3)}
     runs["short"] = {"config": warmup, "steps": 1}
@@ -178,10 +180,11 @@ def test_passed_optimizers_equal_pytorch(name, results):
     check(results[0][f"passed-{name}"], expected)
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["bf16", "fp16", "autocast"])
 def test_half_precision_is_near_full(name, results):
     full, half = results[0]["half-full"], results[0][f"half-{name}"]
     assert half["losses"] == pytest.approx(full["losses"], rel=2e-2)
+    assert half["losses"] != full["losses"]
     assert half["norms"] == pytest.approx(full["norms"], rel=2e-2)
     assert half["skipped"][-1] == 0
     assert half["losses"][-1] < half["losses"][0]
@@ -234,3 +237,7 @@ def test_bytes_between_nodes(name, results):
     sent = sum(end - begin for begin, end in ends)
     elements = sum(p.numel() for p in workers.small_model().parameters())
     assert sent / 3 / elements == pytest.approx(BYTES[name][1], rel=0.1)
+
+
+def test_an_unscaled_loss_is_refused_in_fp16(results):
+    assert "the loss must be scaled" in results[0]["unscaled"]["error"]

@@ -424,14 +424,14 @@ def train_small(runs: dict[str, dict], metrics: list[str]) -> dict[str, dict]:
         run["config"] = {**run["config"], "zerod": {"job": name}}
         try:
             results[name] = train_one(metrics[int(os.environ["GROUP_RANK"])], **run)
-        except zerod.ZerodError as error:
+        except (zerod.ZerodError, RuntimeError) as error:
             results[name] = {"error": str(error)}
             zerod.collectives.current().destroy()
     return results
 
 
 def train_one(metrics: str, config: dict, steps: int = 6, optimizer: tuple | None = None,
-              bad_steps: tuple[int, ...] = ()) -> dict:
+              bad_steps: tuple[int, ...] = (), plain_backward: bool = False) -> dict:
     """Trains a small model, every rank on its own rows. `optimizer`: class of torch.optim and its
     arguments. At `bad_steps` (from 1) the last rank's loss is infinite."""
     import zerod
@@ -452,7 +452,10 @@ def train_one(metrics: str, config: dict, steps: int = 6, optimizer: tuple | Non
         result["rates"].append(engine.get_lr()[0])
         for micro in range(engine.gradient_accumulation_steps()):
             x, y = small_batch(step, micro, rank)
-            loss = (engine(x.to(dtype)).float() - y).square().mean()
+            x = x if engine.config["fp16"]["auto_cast"] else x.to(dtype)
+            loss = (engine(x).float() - y).square().mean()
+            if plain_backward:
+                loss.backward()
             if step in (1, steps):
                 zerod.barrier()  # all have gathered what this step needs, and reduced nothing of it
                 result["sent"].append(sent_bytes(metrics, config["zerod"]["job"]))
