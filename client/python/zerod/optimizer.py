@@ -4,7 +4,7 @@ daemon's."""
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,6 +26,8 @@ class Optimizer(torch.optim.Optimizer):
 
     loss_scale: float = 1.0
     overflow: bool = False
+    KIND: ClassVar[str]  # as Client.attach takes it
+    KEYS: ClassVar[tuple[str, ...]]  # numbers that a group and _zerod.Group have alike
 
     @property
     def cur_scale(self) -> float:
@@ -34,11 +36,14 @@ class Optimizer(torch.optim.Optimizer):
 
     def kind(self, group: dict[str, Any]) -> str:
         """What the daemon updates the group by, for the life of the job."""
-        raise NotImplementedError
+        return self.KIND
 
     def values(self, group: dict[str, Any]) -> dict[str, Any]:
         """The group's hyper-parameters of this moment, as _zerod.Group takes them."""
-        raise NotImplementedError
+        values = {key: group[key] for key in self.KEYS}
+        if "betas" in self.defaults:
+            values["beta1"], values["beta2"] = group["betas"]
+        return values
 
     def kinds(self) -> list[str]:
         return [self.kind(group) for group in self.param_groups]
@@ -86,6 +91,9 @@ class Optimizer(torch.optim.Optimizer):
 class Adam(Optimizer):
     """torch.optim.Adam, whose weight decay is L2 regularization unless `decoupled`."""
 
+    KIND = "adam"
+    KEYS = ("lr", "eps", "weight_decay")
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -106,16 +114,9 @@ class Adam(Optimizer):
         }
         super().__init__(params, defaults)
 
-    def kind(self, group: dict[str, Any]) -> str:
-        return "adam"
-
     def values(self, group: dict[str, Any]) -> dict[str, Any]:
         return {
-            "lr": group["lr"],
-            "beta1": group["betas"][0],
-            "beta2": group["betas"][1],
-            "eps": group["eps"],
-            "weight_decay": group["weight_decay"],
+            **super().values(group),
             "decoupled": bool(group["decoupled_weight_decay"]),
             "bias_correction": bool(group.get("bias_correction", True)),
         }
@@ -139,6 +140,9 @@ class AdamW(Adam):
 class Lion(Optimizer):
     """Chen et al., "Symbolic Discovery of Optimization Algorithms"."""
 
+    KIND = "lion"
+    KEYS = ("lr", "weight_decay")
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -148,20 +152,12 @@ class Lion(Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
 
-    def kind(self, group: dict[str, Any]) -> str:
-        return "lion"
-
-    def values(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "lr": group["lr"],
-            "beta1": group["betas"][0],
-            "beta2": group["betas"][1],
-            "weight_decay": group["weight_decay"],
-        }
-
 
 class Adagrad(Optimizer):
     """torch.optim.Adagrad."""
+
+    KIND = "adagrad"
+    KEYS = ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps")
 
     def __init__(
         self,
@@ -181,17 +177,12 @@ class Adagrad(Optimizer):
         }
         super().__init__(params, defaults)
 
-    def kind(self, group: dict[str, Any]) -> str:
-        return "adagrad"
-
-    def values(self, group: dict[str, Any]) -> dict[str, Any]:
-        keys = ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps")
-        return {key: group[key] for key in keys}
-
 
 class SGD(Optimizer):
     """torch.optim.SGD. Whether there is a momentum is fixed when initialize() is called: without
     one there is no memory for it."""
+
+    KEYS = ("lr", "momentum", "dampening", "weight_decay")
 
     def __init__(
         self,
@@ -217,8 +208,7 @@ class SGD(Optimizer):
         return "sgd_momentum" if group["momentum"] != 0 else "sgd"
 
     def values(self, group: dict[str, Any]) -> dict[str, Any]:
-        keys = ("lr", "momentum", "dampening", "weight_decay")
-        return {**{key: group[key] for key in keys}, "nesterov": bool(group["nesterov"])}
+        return {**super().values(group), "nesterov": bool(group["nesterov"])}
 
 
 # Whose place is taken, by exact class: a subclass may compute anything.
