@@ -10,6 +10,7 @@
 docs/pytorch.md says what of PyTorch works with it.
 """
 
+from zerod import zero
 from zerod._zerod import __version__
 from zerod.collectives import all_reduce, barrier
 from zerod.engine import Engine
@@ -27,6 +28,7 @@ from zerod.errors import (
     UserWriteError,
     ZerodError,
 )
+from zerod.external import register_external_parameter, unregister_external_parameter
 from zerod.gathered import GatheredParameters
 from zerod.initialization import initialize
 from zerod.leaf import (
@@ -40,6 +42,7 @@ from zerod.leaf import (
 )
 from zerod.loader import Loader
 from zerod.optimizer import SGD, Adagrad, Adam, AdamW, Lion
+from zerod.parameter_status import ZeroParamStatus
 from zerod.schedule import WarmupLR
 
 __all__ = [
@@ -63,16 +66,20 @@ __all__ = [
     "Unavailable",
     "UserWriteError",
     "WarmupLR",
+    "ZeroParamStatus",
     "ZerodError",
     "__version__",
     "all_reduce",
     "barrier",
     "get_z3_leaf_modules",
     "initialize",
+    "register_external_parameter",
     "set_z3_leaf_module",
     "set_z3_leaf_modules",
     "set_z3_leaf_modules_by_name",
     "set_z3_leaf_modules_by_suffix",
+    "unregister_external_parameter",
     "unset_z3_leaf_modules",
     "z3_leaf_module",
+    "zero",
 ]

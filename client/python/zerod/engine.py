@@ -88,8 +88,7 @@ class Engine(nn.Module):
         limit = self.config["zerod"]["client_state_bytes_max"]
         self._state = ClientState(self.module, limit)
         self.progress = Progress(self.config, self.global_rank)
-        for managed in self.description.parameters:
-            gathered.owners[id(managed.parameter)] = (self, managed.index)
+        self.access = gathered.EngineAccess(self)
         self.resumed_step: int = self.client.resumed_step
         if self.resumed_step:
             self._resume()
@@ -317,8 +316,7 @@ class Engine(nn.Module):
             garbage.resume()
         if collectives._current and collectives._current[0] is self:
             collectives.set_current(None)
-        for managed in self.description.parameters:
-            gathered.owners.pop(id(managed.parameter), None)
+        self.access.close()
         if not self.client.closed:
             self.client.detach()
 

@@ -21,12 +21,14 @@ from zerod import (
     peers,
     progress,
     schedule,
+    zero_init,
 )
 from zerod.engine import Engine, EngineParts
 from zerod.errors import ModelError
 from zerod.launch import Launch
 from zerod.loader import Loader
 from zerod.model import ModelDescription, describe
+from zerod.nursery import nursery
 from zerod.weights import Weights, model_buffers
 
 log = logging.getLogger("zerod")
@@ -92,6 +94,7 @@ def initialize(
             drop_last=resolved["dataloader_drop_last"],
         )
     leaf.apply_config(model, resolved["zero_optimization"])
+    nursery.prepare()
     description = describe(model, dtype, built)
     client = _attach(resolved, description, built, launch, address, dtype)
     try:
@@ -154,6 +157,7 @@ def _adopt(
     client.barrier()  # all ranks have come
     # A job that died before its first step may have got a part only: then again.
     weights.adopt(write_initial=fresh and launch.rank == 0)
+    zero_init.unhook(model)
     client.barrier()
     weights.open_resident()
     if fresh and launch.world > 1:
