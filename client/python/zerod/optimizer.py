@@ -15,6 +15,21 @@ GROUPS_MAX = 64  # kGroupsMax of proto/shm/format.h
 Builder = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
 
+# kind -> torch's names of its state tensors, and how Client.read() and put() call them.
+_STATES: dict[str, dict[str, str]] = {
+    "adam": {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"},
+    "lion": {"exp_avg": "exp_avg"},
+    "adagrad": {"sum": "exp_avg"},
+    "sgd_momentum": {"momentum_buffer": "exp_avg"},
+    "sgd": {},
+}
+
+
+def state_names(kind: str) -> dict[str, str]:
+    """Of an optimizer's kind: its state tensors' names in torch, each with Client.read()'s."""
+    return _STATES[kind]
+
+
 class Optimizer(torch.optim.Optimizer):
     """An optimizer over parameters that live in the daemon.
 
@@ -26,6 +41,7 @@ class Optimizer(torch.optim.Optimizer):
 
     loss_scale: float = 1.0
     overflow: bool = False
+    _given: torch.optim.Optimizer | None = None  # see adopt()
     KIND: ClassVar[str]  # as Client.attach takes it
     KEYS: ClassVar[tuple[str, ...]]  # numbers that a group and _zerod.Group have alike
 
@@ -33,6 +49,13 @@ class Optimizer(torch.optim.Optimizer):
     def cur_scale(self) -> float:
         """DeepSpeed's other name of `loss_scale`."""
         return self.loss_scale
+
+    def mark_stepped(self) -> None:
+        """torch's schedulers warn where they are stepped before their optimizer; theirs may be the
+        one whose place this one has taken."""
+        for optimizer in (self, self._given):
+            if optimizer is not None:
+                optimizer._opt_called = True
 
     def kind(self, group: dict[str, Any]) -> str:
         """What the daemon updates the group by, for the life of the job."""
@@ -248,6 +271,7 @@ def adopt(optimizer: torch.optim.Optimizer) -> Optimizer:
             group.setdefault("decoupled_weight_decay", False)
     adopted = target(optimizer.param_groups)
     adopted.param_groups[:] = optimizer.param_groups
+    adopted._given = optimizer
     optimizer.state.clear()
     return adopted
 
