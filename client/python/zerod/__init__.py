@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zerod import zero
     from zerod._zerod import __version__
     from zerod.as_deepspeed import enable_as_deepspeed
     from zerod.collectives import all_reduce, barrier
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         UserWriteError,
         ZerodError,
     )
+    from zerod.external import register_external_parameter, unregister_external_parameter
     from zerod.gathered import GatheredParameters
     from zerod.initialization import initialize
     from zerod.leaf import (
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     )
     from zerod.loader import Loader
     from zerod.optimizer import SGD, Adagrad, Adam, AdamW, Lion
+    from zerod.parameter_status import ZeroParamStatus
     from zerod.schedule import WarmupLR
 
 _HOMES = {
@@ -70,6 +73,7 @@ _HOMES = {
         "UserWriteError",
         "ZerodError",
     ),
+    "external": ("register_external_parameter", "unregister_external_parameter"),
     "gathered": ("GatheredParameters",),
     "initialization": ("initialize",),
     "leaf": (
@@ -83,13 +87,16 @@ _HOMES = {
     ),
     "loader": ("Loader",),
     "optimizer": ("SGD", "Adagrad", "Adam", "AdamW", "Lion"),
+    "parameter_status": ("ZeroParamStatus",),
     "schedule": ("WarmupLR",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+__all__ = sorted([*_HOME_OF, "zero"])  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
+    if name == "zero":
+        return importlib.import_module("zerod.zero")
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module 'zerod' has no attribute {name!r}")
@@ -99,4 +106,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME_OF})
+    return sorted({*globals(), *__all__})

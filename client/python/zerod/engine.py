@@ -97,8 +97,7 @@ class Engine(Settings, Saving, Further, nn.Module):
         limit = self.config["zerod"]["client_state_bytes_max"]
         self._state = ClientState(self.module, limit)
         self.progress = Progress(self.config, self.global_rank)
-        for managed in self.description.parameters:
-            gathered.owners[id(managed.parameter)] = (self, managed.index)
+        self.access = gathered.EngineAccess(self)
         self.resumed_step: int = self.client.resumed_step
         self._skipped_at: list[int] = []
         self._replay: Replay | None = None
@@ -412,8 +411,8 @@ class Engine(Settings, Saving, Further, nn.Module):
         self.gathering.remove()
         self.backward_pass.remove()
         self._state_dict_hooks.remove()
+        self.access.close()
         for managed in self.description.parameters:
-            gathered.owners.pop(id(managed.parameter), None)
             managed.parameter.data = torch.empty(managed.shape)
 
     # --- A script that begins again (replay.py).
@@ -473,8 +472,7 @@ class Engine(Settings, Saving, Further, nn.Module):
             garbage.resume()
         if collectives._current and collectives._current[0] is self:
             collectives.set_current(None)
-        for managed in self.description.parameters:
-            gathered.owners.pop(id(managed.parameter), None)
+        self.access.close()
         if not self.client.closed:
             self.client.detach()
 

@@ -22,12 +22,14 @@ from zerod import (
     progress,
     replay,
     schedule,
+    zero_init,
 )
 from zerod.engine import Engine, EngineParts
 from zerod.errors import ModelError
 from zerod.launch import Launch
 from zerod.loader import Loader
 from zerod.model import ModelDescription, describe
+from zerod.nursery import nursery
 from zerod.weights import Weights, model_buffers
 
 log = logging.getLogger("zerod")
@@ -86,6 +88,7 @@ def initialize(
             drop_last=resolved["dataloader_drop_last"],
         )
     leaf.apply_config(model, resolved["zero_optimization"])
+    nursery.prepare()
     description = describe(model, dtype, built)
     client = _attach(resolved, description, built, launch, address, dtype)
     try:
@@ -177,6 +180,7 @@ def _adopt(parts: EngineParts) -> Engine:
     client.barrier()  # all ranks have come
     # A job that died before its first step may have got a part only: then again.
     parts.weights.adopt(write_initial=fresh and launch.rank == 0)
+    zero_init.unhook(parts.model)
     client.barrier()
     parts.weights.open_resident()
     if fresh and launch.world > 1:

@@ -10,6 +10,8 @@ from torch import nn
 
 from zerod import _zerod
 from zerod.model import ManagedParameter, ModelDescription
+from zerod.nursery import nursery
+from zerod.parameter_status import owners
 
 PIECE_ELEMENTS_MAX = 1 << 20  # of one PUT or READ: what the transfer area holds
 
@@ -46,12 +48,26 @@ class Weights:
 
     def adopt(self, write_initial: bool) -> None:
         """Every parameter becomes the daemon's memory, for good. `write_initial`: this process's
-        values are the job's initial ones."""
-        for managed in self.parameters:
-            if write_initial:
-                self.put(managed, managed.parameter.data)
-            managed.parameter.data = self.client.parameter_tensor(managed.index)
+        values are the job's initial ones; of born parameters their arena's. An arena is left as
+        soon as its last parameter has moved. Collective."""
+        for arena, parameters in nursery.by_arena(self.parameters):
+            for managed in parameters:
+                if write_initial:
+                    self._put_initial(managed)
+                managed.parameter.data = self.client.parameter_tensor(managed.index)
+            nursery.hand_over(parameters)
+            if arena is not None:
+                self.client.barrier()  # rank 0 has read it
+                nursery.close_arenas()
         _zerod.trim_heap()  # of this process's own copies
+
+    def _put_initial(self, managed: ManagedParameter) -> None:
+        born = nursery.find(managed.parameter)
+        if born is None:
+            return self.put(managed, managed.parameter.data)
+        view = self._views[managed.index]
+        for begin, values in born.values():
+            self.client.put(view.unit, view.offset + begin, values.data_ptr(), values.numel())
 
     def open_resident(self) -> None:
         """Once the initial values are there: units that stay gathered become readable. After that
@@ -119,14 +135,10 @@ class StateDictHooks:
 
 def detach_model(model: nn.Module) -> None:
     """A model whose parameters are an engine's gets fp32 ones of its own, without values."""
-    from zerod import gathered
+    from zerod.engine import Engine
 
-    found = {
-        id(owner): owner
-        for parameter in model.parameters()
-        for owner, _ in [gathered.owners.get(id(parameter), (None, 0))]
-        if owner is not None
-    }
+    of = [owners[id(p)][0] for p in model.parameters() if id(p) in owners]
+    found = {id(owner): owner for owner in of if isinstance(owner, Engine)}
     for engine in found.values():
         engine.release_module()
 

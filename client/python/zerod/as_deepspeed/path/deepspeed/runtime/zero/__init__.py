@@ -4,11 +4,11 @@
 from zerod.as_deepspeed import face
 
 _EXPORTS = {
-    "Init": "zerod.zero_init:Init",
-    "GatheredParameters": "zerod.gathered:GatheredParameters",
-    "register_external_parameter": "zerod.zero_init:register_external_parameter",
-    "unregister_external_parameter": "zerod.zero_init:unregister_external_parameter",
-    "ZeroParamStatus": "zerod.zero_init:ZeroParamStatus",
+    "Init": "zerod.zero:Init",
+    "GatheredParameters": "zerod.zero:GatheredParameters",
+    "register_external_parameter": "zerod.zero:register_external_parameter",
+    "unregister_external_parameter": "zerod.zero:unregister_external_parameter",
+    "ZeroParamStatus": "zerod.zero:ZeroParamStatus",
 }
 _SUBMODULES = ("config", "offload_config", "partition_parameters")
 _NEVER = {

@@ -4,11 +4,11 @@
 from zerod.as_deepspeed import face
 
 _EXPORTS = {
-    "Init": "zerod.zero_init:Init",
-    "GatheredParameters": "zerod.gathered:GatheredParameters",
-    "register_external_parameter": "zerod.zero_init:register_external_parameter",
-    "unregister_external_parameter": "zerod.zero_init:unregister_external_parameter",
-    "ZeroParamStatus": "zerod.zero_init:ZeroParamStatus",
+    "Init": "zerod.zero:Init",
+    "GatheredParameters": "zerod.zero:GatheredParameters",
+    "register_external_parameter": "zerod.zero:register_external_parameter",
+    "unregister_external_parameter": "zerod.zero:unregister_external_parameter",
+    "ZeroParamStatus": "zerod.zero:ZeroParamStatus",
     "get_accelerator": "zerod.as_deepspeed.accelerator:get_accelerator",
     "zero_wrapper_for_fp_tensor_constructor": "zerod.as_deepspeed.constructors:zero_wrapper_for_fp_tensor_constructor",
     "_orig_torch_arange": "torch:arange",
