@@ -28,6 +28,9 @@ class Optimizer(torch.optim.Optimizer):
     overflow: bool = False
     KIND: ClassVar[str]  # as Client.attach takes it
     KEYS: ClassVar[tuple[str, ...]]  # numbers that a group and _zerod.Group have alike
+    # What torch calls the tensors of state that the daemon keeps: Client.read's "exp_avg", then
+    # its "exp_avg_sq".
+    STATE: ClassVar[tuple[str, ...]] = ()
 
     @property
     def cur_scale(self) -> float:
@@ -44,6 +47,10 @@ class Optimizer(torch.optim.Optimizer):
         if "betas" in self.defaults:
             values["beta1"], values["beta2"] = group["betas"]
         return values
+
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Of the tensors that are kept for a parameter of the group."""
+        return self.STATE
 
     def kinds(self) -> list[str]:
         return [self.kind(group) for group in self.param_groups]
@@ -93,6 +100,7 @@ class Adam(Optimizer):
 
     KIND = "adam"
     KEYS = ("lr", "eps", "weight_decay")
+    STATE = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -142,6 +150,7 @@ class Lion(Optimizer):
 
     KIND = "lion"
     KEYS = ("lr", "weight_decay")
+    STATE = ("exp_avg",)
 
     def __init__(
         self,
@@ -158,6 +167,7 @@ class Adagrad(Optimizer):
 
     KIND = "adagrad"
     KEYS = ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps")
+    STATE = ("sum",)
 
     def __init__(
         self,
@@ -206,6 +216,9 @@ class SGD(Optimizer):
 
     def kind(self, group: dict[str, Any]) -> str:
         return "sgd_momentum" if group["momentum"] != 0 else "sgd"
+
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
     def values(self, group: dict[str, Any]) -> dict[str, Any]:
         return {**super().values(group), "nesterov": bool(group["nesterov"])}
