@@ -63,13 +63,11 @@ def train(engine, steps: int) -> list[float]:
 
 def state_of(engine) -> dict[str, torch.Tensor]:
     """fp32 weights, every optimizer state, buffers, by name."""
-    from zerod.optimizer import state_names
-
     state = dict(engine.state_dict(master=True))
-    kinds = engine.optimizer.kinds()
+    optimizer = engine.optimizer
     for managed in engine.description.parameters:
         if managed.trainable:
-            for key, kind in state_names(kinds[managed.group]).items():
+            for key, kind in optimizer.states(optimizer.param_groups[managed.group]).items():
                 state[f"{managed.name}/{key}"] = engine.weights.read(managed, kind)
     return state
 

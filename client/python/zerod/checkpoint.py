@@ -23,7 +23,6 @@ from zerod._zerod import __version__
 from zerod.checkpoint_folder import Manifest, ParameterEntry, ShardWriter, TensorEntry
 from zerod.errors import CheckpointError
 from zerod.model import ManagedParameter
-from zerod.optimizer import state_names
 from zerod.weights import model_buffers
 
 if TYPE_CHECKING:
@@ -152,7 +151,7 @@ def _write_parameter(
     if managed.trainable:
         entry.kind = engine.optimizer.kinds()[managed.group]  # type: ignore[union-attr]
         entry.steps = steps[managed.index]
-        for key, kind in state_names(entry.kind).items():
+        for key, kind in _states(engine, managed).items():
             values = engine.weights.read(managed, kind)
             entry.state[key] = writer.add(f"{entry.name}/{key}", values)
     return entry
@@ -195,6 +194,13 @@ def _read_part(partial: Path, node: int) -> dict[str, Any]:
         raise CheckpointError(
             f"what node {node} wrote is not in {partial.parent}: give a folder that all nodes share"
         ) from None
+
+
+def _states(engine: "Engine", managed: ManagedParameter) -> dict[str, str]:
+    """The names of the parameter's state tensors, each with Client.read()'s."""
+    optimizer = engine.optimizer
+    assert optimizer is not None  # it is trained
+    return optimizer.states(optimizer.param_groups[managed.group])
 
 
 def _share(parameters: list[ManagedParameter], node: int, nodes: int) -> list[ManagedParameter]:
@@ -371,7 +377,7 @@ def _put(
     if weights and entry.weight is not None:
         engine.weights.put(managed, reader.read(entry.weight, entry.shape))
     if trained and managed.trainable:
-        for key, kind in state_names(entry.kind or "").items():
+        for key, kind in _states(engine, managed).items():
             values = reader.read(entry.state[key], entry.shape)
             engine.weights.put(managed, values, kind)
 

@@ -15,21 +15,6 @@ GROUPS_MAX = 64  # kGroupsMax of proto/shm/format.h
 Builder = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
 
-# kind -> torch's names of its state tensors, and how Client.read() and put() call them.
-_STATES: dict[str, dict[str, str]] = {
-    "adam": {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"},
-    "lion": {"exp_avg": "exp_avg"},
-    "adagrad": {"sum": "exp_avg"},
-    "sgd_momentum": {"momentum_buffer": "exp_avg"},
-    "sgd": {},
-}
-
-
-def state_names(kind: str) -> dict[str, str]:
-    """Of an optimizer's kind: its state tensors' names in torch, each with Client.read()'s."""
-    return _STATES[kind]
-
-
 class Optimizer(torch.optim.Optimizer):
     """An optimizer over parameters that live in the daemon.
 
@@ -44,6 +29,9 @@ class Optimizer(torch.optim.Optimizer):
     _given: torch.optim.Optimizer | None = None  # see adopt()
     KIND: ClassVar[str]  # as Client.attach takes it
     KEYS: ClassVar[tuple[str, ...]]  # numbers that a group and _zerod.Group have alike
+    # What torch calls the tensors of state that the daemon keeps: Client.read's "exp_avg", then
+    # its "exp_avg_sq".
+    STATE: ClassVar[tuple[str, ...]] = ()
 
     @property
     def cur_scale(self) -> float:
@@ -67,6 +55,14 @@ class Optimizer(torch.optim.Optimizer):
         if "betas" in self.defaults:
             values["beta1"], values["beta2"] = group["betas"]
         return values
+
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Of the tensors that are kept for a parameter of the group."""
+        return self.STATE
+
+    def states(self, group: dict[str, Any]) -> dict[str, str]:
+        """The same names, each with what Client.read() and put() call its tensor."""
+        return dict(zip(self.state_names(group), ("exp_avg", "exp_avg_sq")))
 
     def kinds(self) -> list[str]:
         return [self.kind(group) for group in self.param_groups]
@@ -116,6 +112,7 @@ class Adam(Optimizer):
 
     KIND = "adam"
     KEYS = ("lr", "eps", "weight_decay")
+    STATE = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -165,6 +162,7 @@ class Lion(Optimizer):
 
     KIND = "lion"
     KEYS = ("lr", "weight_decay")
+    STATE = ("exp_avg",)
 
     def __init__(
         self,
@@ -181,6 +179,7 @@ class Adagrad(Optimizer):
 
     KIND = "adagrad"
     KEYS = ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps")
+    STATE = ("sum",)
 
     def __init__(
         self,
@@ -229,6 +228,9 @@ class SGD(Optimizer):
 
     def kind(self, group: dict[str, Any]) -> str:
         return "sgd_momentum" if group["momentum"] != 0 else "sgd"
+
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
     def values(self, group: dict[str, Any]) -> dict[str, Any]:
         return {**super().values(group), "nesterov": bool(group["nesterov"])}

@@ -24,17 +24,13 @@ class Weights:
         self.parameters = description.parameters
         self._views = client.parameters
 
-    def put(
-        self, managed: ManagedParameter, values: torch.Tensor, kind: str = "master"
-    ) -> None:
-        """`kind`: "master" or a state of the optimizer, as of read(). Nobody may hold the unit; a
-        barrier orders it for other ranks."""
-        extra = () if kind == "master" else (kind,)
+    def put(self, managed: ManagedParameter, values: torch.Tensor, kind: str = "master") -> None:
+        """A barrier orders it for other ranks. Of the weights: nobody may hold the unit."""
         flat = values.detach().to(torch.float32).contiguous().view(-1)
         view = self._views[managed.index]
         for begin in range(0, flat.numel(), PIECE_ELEMENTS_MAX):
             piece = flat[begin : begin + PIECE_ELEMENTS_MAX]
-            self.client.put(view.unit, view.offset + begin, piece.data_ptr(), piece.numel(), *extra)
+            self.client.put(view.unit, view.offset + begin, piece.data_ptr(), piece.numel(), kind)
 
     def read(self, managed: ManagedParameter, kind: str = "master") -> torch.Tensor:
         """float32, in memory of its own. Needs no other rank."""
