@@ -45,10 +45,13 @@ inline double Square(const Gradient& g) {
   return g.any ? static_cast<double>(1 + (g.order & 1023)) : 0.0;
 }
 
-// The optimizer.
-constexpr uint64_t Apply(uint64_t weight, const Gradient& g, uint64_t step,
+// The optimizer, of weights and of its state. The weight's is computed first.
+constexpr uint64_t Apply(uint64_t weight, const Gradient& g, uint64_t state,
                          uint64_t parameter_steps) {
-  return Hash(weight, g.sum, g.order, step, parameter_steps);
+  return Hash(weight, g.sum, g.order, state, parameter_steps);
+}
+constexpr uint64_t ApplyState(uint64_t state, const Gradient& g, uint64_t step) {
+  return Hash(state, g.sum, g.order, step);
 }
 
 // One generator per purpose, each a function of the seed: changing how one is used leaves the

@@ -13,19 +13,35 @@ void Violate(const std::string& text) { throw Violation{text}; }
 Truth::Truth(const Scenario* scenario) : s_(*scenario) {
   Weights& zeros = after_[0];
   for (const std::vector<Cell>& cells : s_.cells) zeros.emplace_back(cells.size(), 0);
-  parameter_steps_.assign(s_.layout().parameters().size(), 0);
-  if (s_.spec.loss_scale.has_value()) loss_scaler_.emplace(*s_.spec.loss_scale);
+  state_after_[0] = zeros;
+  core::OptimizerProgress& progress = progress_after_[0];
+  progress.parameter_steps.assign(s_.layout().parameters().size(), 0);
+  if (s_.spec.loss_scale.has_value()) {
+    progress.loss_scaler = core::LossScaler(*s_.spec.loss_scale).state();
+  }
   PrepareBefore(1);
 }
 
 void Truth::PrepareBefore(Step step) {
   Weights w = after_.at(step - 1);
+  Weights state = state_after_.at(step - 1);
   if (const std::optional<PutOfStep> puts = PutsOf(s_, step)) {
+    const bool master = puts->state == core::StateKind::kMaster;
     for (UnitIndex u : puts->units) {
-      for (size_t c = 0; c < w[u].size(); ++c) w[u][c] = PutValue(s_, step, u, c);
+      for (size_t c = 0; c < w[u].size(); ++c) {
+        if (!master && !s_.cells[u][c].trainable) continue;
+        (master ? w : state)[u][c] = PutValue(s_, step, u, c);
+      }
     }
   }
   before_[step] = std::move(w);
+  state_before_[step] = std::move(state);
+  core::OptimizerProgress progress = progress_after_.at(step - 1);
+  if (const std::optional<core::OptimizerProgress> restored = RestoreOf(s_, step)) {
+    progress.parameter_steps = restored->parameter_steps;
+    if (restored->loss_scaler.has_value()) progress.loss_scaler = restored->loss_scaler;
+  }
+  progress_before_[step] = std::move(progress);
 }
 
 // The gradient of one parameter in the order of sums that DESIGN promises: per_rank adds
@@ -91,7 +107,8 @@ Gradient Truth::Sum(const std::vector<std::shared_ptr<Process>>& processes, Unit
   return total;
 }
 
-void Truth::Commit(Step step, const std::vector<std::shared_ptr<Process>>& processes) {
+void Truth::CheckCommit(Step step,
+                        const std::vector<std::shared_ptr<Process>>& processes) const {
   if (step != committed_ + 1) {
     Violate(absl::StrCat("step ", step, " is committed after step ", committed_));
   }
@@ -108,8 +125,14 @@ void Truth::Commit(Step step, const std::vector<std::shared_ptr<Process>>& proce
   if (s_.spec.refuse_untouched && LacksGradients(s_, step, processes[0]->attempt())) {
     Violate(absl::StrCat("step ", step, " is committed without every gradient"));
   }
+}
+
+void Truth::Commit(Step step, const std::vector<std::shared_ptr<Process>>& processes) {
+  CheckCommit(step, processes);
   Outcome& outcome = outcomes_[step];
   Weights w = before_.at(step);
+  Weights state = state_before_.at(step);
+  core::OptimizerProgress progress = progress_before_.at(step);
   const auto& parameters = s_.layout().parameters();
   outcome.touched.assign(parameters.size(), false);
   std::vector<Gradient> gradients(parameters.size());
@@ -131,10 +154,13 @@ void Truth::Commit(Step step, const std::vector<std::shared_ptr<Process>>& proce
     }
   }
   outcome.skip = nonfinite && s_.spec.skip_nonfinite;
-  if (loss_scaler_.has_value()) {
-    outcome.loss_scale = loss_scaler_->scale();
-    if (!loss_scaler_->Update(outcome.skip).ok()) Violate("a scale that never fails did");
-    outcome.next_loss_scale = loss_scaler_->scale();
+  if (progress.loss_scaler.has_value()) {
+    core::LossScaler scaler(*s_.spec.loss_scale);
+    scaler.Restore(*progress.loss_scaler);
+    outcome.loss_scale = scaler.scale();
+    if (!scaler.Update(outcome.skip).ok()) Violate("a scale that never fails did");
+    outcome.next_loss_scale = scaler.scale();
+    progress.loss_scaler = scaler.state();
   }
   outcome.grad_norm =
       std::sqrt(squares) / (static_cast<double>(s_.world()) * outcome.loss_scale);
@@ -142,14 +168,17 @@ void Truth::Commit(Step step, const std::vector<std::shared_ptr<Process>>& proce
     for (size_t c = 0; c < s_.cells[u].size(); ++c) {
       const Cell& cell = s_.cells[u][c];
       if (!cell.trainable || !outcome.touched[cell.parameter]) continue;
-      w[u][c] = Apply(w[u][c], gradients[cell.parameter], step,
-                      parameter_steps_[cell.parameter] + 1);
+      const Gradient& g = gradients[cell.parameter];
+      w[u][c] = Apply(w[u][c], g, state[u][c], progress.parameter_steps[cell.parameter] + 1);
+      state[u][c] = ApplyState(state[u][c], g, step);
     }
   }
   for (size_t p = 0; p < parameters.size() && !outcome.skip; ++p) {
-    if (outcome.touched[p]) ++parameter_steps_[p];
+    if (outcome.touched[p]) ++progress.parameter_steps[p];
   }
-  outcome.parameter_steps = parameter_steps_;
+  outcome.progress = progress;
+  progress_after_[step] = std::move(progress);
+  state_after_[step] = std::move(state);
   after_[step] = std::move(w);
   committed_ = step;
   PrepareBefore(step + 1);
