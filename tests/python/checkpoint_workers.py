@@ -145,10 +145,11 @@ def released_model(config: dict, directory: str) -> dict:
     engine.save_checkpoint(directory)
     expected = state_of(engine)
     plain = load_state_dict_from_zero_checkpoint(engine.module, directory)
+    state = {key: value.clone() for key, value in plain.state_dict().items()}
     tokens, labels = batch(0, 0)
     nn.functional.cross_entropy(plain(tokens), labels).backward()
     return {
         "expected": expected,
-        "state": plain.state_dict(),
+        "state": state,
         "gradients": all(p.grad is not None for p in plain.parameters() if p.requires_grad),
     }
