@@ -179,6 +179,9 @@ void ResolveOptimizer(ParseState* state) {
     state->problems.Add("optimizer.params.nesterov",
                         "true needs a momentum, and no dampening");
   }
+  if (optimizer.type == "Lamb" && optimizer.min_coeff > optimizer.max_coeff) {
+    state->problems.Add("optimizer.params.min_coeff", "is above max_coeff");
+  }
   if (optimizer.type == "Muon") by_type("optimizer.params.momentum", &optimizer.momentum, 0.95);
 }
 

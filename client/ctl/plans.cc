@@ -16,6 +16,7 @@ namespace {
 v1::OptimizerKind OptimizerOf(const Config::Optimizer& optimizer) {
   if (optimizer.type == "Lion") return v1::OPTIMIZER_KIND_LION;
   if (optimizer.type == "Adagrad") return v1::OPTIMIZER_KIND_ADAGRAD;
+  if (optimizer.type == "Lamb") return v1::OPTIMIZER_KIND_LAMB;
   if (optimizer.type == "SGD") {
     return optimizer.momentum != 0 ? v1::OPTIMIZER_KIND_SGD_MOMENTUM : v1::OPTIMIZER_KIND_SGD;
   }

@@ -14,10 +14,13 @@ namespace zerod::core {
 
 absl::Status Job::AppendEntries(const std::vector<Entry>& entries) {
   for (const Entry& e : entries) {
-    const bool known = e.kind >= EntryKind::kStart && e.kind <= EntryKind::kGeneration;
+    const bool known = e.kind >= EntryKind::kStart && e.kind <= EntryKind::kTensorNorms;
     if (e.seq != next_seq_ || !known || e.unit >= units_.size() || e.rank >= spec_.world ||
         e.origin >= spec_.members || !CheckRange(e.unit, e.begin, e.count).ok() ||
-        (e.kind == EntryKind::kCommit && e.decision.touched.size() != parameter_steps_.size())) {
+        (e.kind == EntryKind::kCommit && e.decision.touched.size() != parameter_steps_.size()) ||
+        (e.kind == EntryKind::kTensorNorms &&
+         (measured_plan_ == nullptr || measuring_ != 0 || e.step != committed_ ||
+          e.squares.size() != parameter_steps_.size()))) {
       return absl::InternalError(absl::StrCat("the log has entry ", e.seq, " where ", next_seq_,
                                               " is next, or names what is not there"));
     }
@@ -58,6 +61,8 @@ bool Job::CanStart(const Entry& e) const {
     case EntryKind::kCommit:
       // What is being sent must not be rewritten under the sender.
       return running_.empty() && !norm_running_;
+    case EntryKind::kTensorNorms:
+      return true;  // it comes when every member has measured, and nothing comes before it
     case EntryKind::kLeave:
       return !finishing_step_;
     case EntryKind::kGeneration:
@@ -78,6 +83,7 @@ void Job::Start(const Entry& e) {
       norm_running_ = true;
       return Emit(ComputeNorm{e.step, e.norm_needed});
     case EntryKind::kCommit: return StartCommit(e);
+    case EntryKind::kTensorNorms: return StartTensorNorms(e);
     case EntryKind::kScalar: return StartScalar(e);
     case EntryKind::kLeave: return StartLeave(e);
     case EntryKind::kGeneration: return StartGeneration(e);
@@ -245,7 +251,11 @@ void Job::ApplyCommitted(const Entry& e) {
   for (size_t p = 0; p < parameters; ++p) {
     if (!e.decision.touched[p]) continue;
     ++parameter_steps_[p];
-    touched[spec_.layout->parameters()[p].unit] = true;
+    const Parameter& parameter = spec_.layout->parameters()[p];
+    touched[parameter.unit] = true;
+    if (!ByTensor(spec_.layout->optimizer(parameter.group))) continue;
+    units_[parameter.unit].by_tensor = true;
+    measured_plan_ = plan;
   }
   plan->parameter_steps = parameter_steps_;
   for (UnitIndex i = 0; i < units_.size(); ++i) {
@@ -255,6 +265,11 @@ void Job::ApplyCommitted(const Entry& e) {
       window_.Retract(i, /*refill=*/window_.resident(i));
       u.applying = true;
       ++applying_;
+      if (u.by_tensor) {
+        ++measuring_;
+        Emit(StartMeasure{i, plan});
+        continue;
+      }
       Emit(StartApply{i, plan});
       continue;
     }
@@ -266,6 +281,34 @@ void Job::ApplyCommitted(const Entry& e) {
     }
   }
   forecast_elements_in_flight_ = 0;
+}
+
+void Job::OnMeasured(UnitIndex unit, Step step, std::vector<TensorSquares> squares) {
+  if (state_ == JobState::kFailed || state_ == JobState::kEnded || unit >= units_.size()) return;
+  CHECK(units_[unit].by_tensor);
+  CHECK_EQ(step, committed_);
+  units_[unit].squares = std::move(squares);
+  if (--measuring_ != 0) return;
+  TensorsMeasured measured;
+  measured.step = step;
+  for (UnitState& u : units_) {
+    measured.squares.insert(measured.squares.end(), u.squares.begin(), u.squares.end());
+    u.squares.clear();
+  }
+  Tell(std::move(measured));
+  Advance();
+  Pump();
+}
+
+// The second pass. The first one's plan, and what it had to know of whole tensors.
+void Job::StartTensorNorms(const Entry& e) {
+  if (measured_plan_ == nullptr) return;
+  auto plan = std::make_shared<ApplyPlan>(*std::exchange(measured_plan_, nullptr));
+  plan->squares = e.squares;
+  for (UnitIndex i = 0; i < units_.size(); ++i) {
+    if (!std::exchange(units_[i].by_tensor, false)) continue;
+    Emit(StartApply{i, plan});
+  }
 }
 
 void Job::OnApplyDone(UnitIndex unit, Step step) {

@@ -141,6 +141,32 @@ void Layout::Place() {
   }
 }
 
+bool Layout::AnyByTensor(const std::vector<bool>& touched) const {
+  for (size_t p = 0; p < parameters_.size(); ++p) {
+    const Parameter& parameter = parameters_[p];
+    if (touched[p] && parameter.trainable && ByTensor(optimizer(parameter.group))) return true;
+  }
+  return false;
+}
+
+std::vector<TensorPiece> Layout::TensorPieces(UnitIndex u, Range range,
+                                              const std::vector<bool>& touched) const {
+  std::vector<TensorPiece> pieces;
+  for (const uint32_t index : units_[u].parameters) {
+    const Parameter& p = parameters_[index];
+    if (!p.trainable) break;  // the others come behind
+    if (!touched[index] || !ByTensor(optimizer(p.group))) continue;
+    Range left = Intersect(range, {p.offset, p.offset + p.elements});
+    while (!left.empty()) {
+      const uint64_t block_end = (left.begin / block_elements_ + 1) * block_elements_;
+      const uint64_t end = std::min(left.end, block_end);
+      pieces.push_back({index, {left.begin, end}});
+      left.begin = end;
+    }
+  }
+  return pieces;
+}
+
 Hash128 Layout::ComputeHash() const {
   Hasher h;
   h.Add("zerod layout 2").Add(uint64_t(dtype_)).Add(uint64_t{units_.size()});

@@ -73,6 +73,12 @@ struct Range {  // elements of a unit, [begin, end)
 };
 Range Intersect(Range a, Range b);
 
+// Elements of one parameter that lie in one block of its unit.
+struct TensorPiece {
+  uint32_t parameter = 0;  // of the layout
+  Range elements;          // of the unit
+};
+
 class Layout {
  public:
   // `unit_overrides`: module path -> unit name: those modules' parameters form that unit.
@@ -99,6 +105,13 @@ class Layout {
   OptimizerKind optimizer(uint32_t group) const {
     return groups_.empty() ? OptimizerKind::kAdam : groups_[group];
   }
+  // True where a step that touches these parameters updates some of them by tensor.
+  bool AnyByTensor(const std::vector<bool>& touched) const;
+  // Of those parameters, what lies in `range` of the unit, in order: the pieces over which squares
+  // are summed, so that the sum of all of them in layout order has the same bits whoever owns them.
+  // REQUIRES: `range` begins on a block boundary.
+  std::vector<TensorPiece> TensorPieces(UnitIndex u, Range range,
+                                        const std::vector<bool>& touched) const;
   // Tensors of optimizer state kept for every trainable element: the most that any group needs.
   uint32_t state_tensors() const { return state_tensors_; }
   uint64_t UnitBytes(UnitIndex u) const { return units_[u].elements * DTypeBytes(dtype_); }

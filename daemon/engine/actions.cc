@@ -334,13 +334,57 @@ void JobRunnerImpl::Do(core::ComputeNorm& action) {
   });
 }
 
+void JobRunnerImpl::Do(core::StartMeasure& action) {
+  const core::Layout& layout = *request_.layout;
+  const UnitIndex unit = action.unit;
+  if (absl::Status status = CheckApply(layout, unit, *action.plan); !status.ok()) {
+    return Broken(status);
+  }
+  auto task = std::make_shared<MeasureTask>();
+  task->context = &move_;
+  task->unit = unit;
+  task->plan = action.plan;
+  task->sources = book_->FinalSources(unit, action.plan->step, Clients());
+  task->copy = window_->Copy(unit);
+  task->pieces =
+      layout.TensorPieces(unit, store_->TrainRange(unit), action.plan->decision.touched);
+  task->squares.resize(task->pieces.size());
+  auto cuts = std::make_shared<std::vector<size_t>>(1, 0);  // of the pieces, into parts
+  uint64_t elements = 0;
+  for (size_t i = 0; i < task->pieces.size(); ++i) {
+    elements += task->pieces[i].elements.size();
+    if (elements < kPartElements && i + 1 < task->pieces.size()) continue;
+    cuts->push_back(i + 1);
+    elements = 0;
+  }
+  const absl::Status status = workers_->Run(
+      cuts->size() - 1,
+      [task, cuts](size_t part) { Measure(task.get(), (*cuts)[part], (*cuts)[part + 1]); },
+      [this, task] {
+        // Where more is kept than owned, each square is told by its owner alone.
+        const Range own = partition_->Shard(task->unit, request_.self);
+        std::vector<core::TensorSquares> squares;
+        for (size_t i = 0; i < task->pieces.size(); ++i) {
+          const Range& piece = task->pieces[i].elements;
+          if (own.begin <= piece.begin && piece.end <= own.end) {
+            squares.push_back(task->squares[i]);
+          }
+        }
+        job_->OnMeasured(task->unit, task->plan->step, std::move(squares));
+      });
+  if (!status.ok()) Broken(status);
+}
+
 void JobRunnerImpl::Do(core::StartApply& action) {
   auto task = std::make_shared<ApplyTask>();
   task->context = &move_;
   task->unit = action.unit;
   task->plan = action.plan;
   task->copy = window_->Copy(action.unit);
-  if (absl::Status status = CheckApply(*task); !status.ok()) return Broken(status);
+  if (absl::Status status = CheckApply(*request_.layout, action.unit, *action.plan);
+      !status.ok()) {
+    return Broken(status);
+  }
   task->sources = book_->FinalSources(action.unit, action.plan->step, Clients());
   const Range range = store_->TrainRange(action.unit);
   const absl::Time since = MonotonicNow();

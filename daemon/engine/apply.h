@@ -24,9 +24,24 @@ struct ApplyTask {
   UnitCopy copy;  // used where the window's copy is written by the optimizer
 };
 // INTERNAL where the decision does not fit the layout (a member of another build).
-absl::Status CheckApply(const ApplyTask& task);
+absl::Status CheckApply(const core::Layout& layout, core::UnitIndex unit,
+                        const core::ApplyPlan& plan);
 // The optimizer on the touched parameters' elements in `range`, which this member keeps.
 void Apply(const ApplyTask& task, core::Range range);
+
+// The first pass over a unit with tensors that are updated as a whole (core::StartMeasure): their
+// moments, and their squares piece by piece.
+struct MeasureTask {
+  const MoveContext* context = nullptr;
+  core::UnitIndex unit = 0;
+  std::shared_ptr<const core::ApplyPlan> plan;
+  std::shared_ptr<const Sources> sources;
+  UnitCopy copy;
+  std::vector<core::TensorPiece> pieces;     // of what this member keeps
+  std::vector<core::TensorSquares> squares;  // of `pieces`; Measure writes them
+};
+// REQUIRES: `first` to `last` are `pieces` that no other call gets.
+void Measure(MeasureTask* task, size_t first, size_t last);
 
 // A gradient that one client handed over, in its staging or set aside. Immutable, any thread.
 struct StagedGradient {

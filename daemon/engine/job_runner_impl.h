@@ -124,6 +124,7 @@ class JobRunnerImpl : public JobRunner {
   void Do(core::ComputeNorm& action);
   void Do(core::CommitBlobs& action);
   void Do(core::StartApply& action);
+  void Do(core::StartMeasure& action);
   void Do(core::StartPut& action);
   void Do(core::StartRead& action);
   void Do(core::DropGradients& action);

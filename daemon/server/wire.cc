@@ -151,7 +151,7 @@ void Hash(A& a, Ref<A, Hash128> v) {
   a.Number(v.high);
 }
 
-constexpr size_t kGroupBytes = 9 * 8 + 3;
+constexpr size_t kGroupBytes = 11 * 8 + 4;
 
 template <typename A>
 void Hyper(A& a, Ref<A, core::HyperParameters> v) {
@@ -171,6 +171,9 @@ void Hyper(A& a, Ref<A, core::HyperParameters> v) {
     b.Bool(g.decoupled);
     b.Bool(g.bias_correction);
     b.Bool(g.nesterov);
+    b.Number(g.min_coeff);
+    b.Number(g.max_coeff);
+    b.Bool(g.eps_inside_sqrt);
   });
 }
 
@@ -178,6 +181,14 @@ template <typename A>
 void Scalars(A& a, Ref<A, core::ScalarValues> v) {
   a.Enum(v.op, static_cast<uint32_t>(core::ScalarOp::kMax));
   a.List(v.values, 8, [](A& b, Ref<A, double> x) { b.Number(x); });
+}
+
+template <typename A>
+void Squares(A& a, Ref<A, std::vector<core::TensorSquares>> v) {
+  a.List(v, 16, [](A& b, Ref<A, core::TensorSquares> x) {
+    b.Number(x.weight);
+    b.Number(x.update);
+  });
 }
 
 template <typename A>
@@ -197,7 +208,7 @@ template <typename A>
 void EntryFields(A& a, Ref<A, core::Entry> v) {
   a.Number(v.seq);
   a.Number(v.generation);
-  a.Enum(v.kind, static_cast<uint32_t>(core::EntryKind::kGeneration));
+  a.Enum(v.kind, static_cast<uint32_t>(core::EntryKind::kTensorNorms));
   a.Number(v.unit);
   a.Number(v.step);
   a.Number(v.round);
@@ -214,6 +225,7 @@ void EntryFields(A& a, Ref<A, core::Entry> v) {
   a.Bool(v.norm_needed);
   // Commits alone carry a decision: the others are many.
   if (v.kind == core::EntryKind::kCommit) DecisionFields(a, v.decision);
+  if (v.kind == core::EntryKind::kTensorNorms) Squares(a, v.squares);
 }
 
 template <typename A>
@@ -260,6 +272,11 @@ void Item(A& a, Ref<A, core::NormReady> v) {
   a.List(v.part.block_squares, 8, [](A& b, Ref<A, double> x) { b.Number(x); });
   a.Bits(v.part.touched);
   a.Bool(v.part.nonfinite);
+}
+template <typename A>
+void Item(A& a, Ref<A, core::TensorsMeasured> v) {
+  a.Number(v.step);
+  Squares(a, v.squares);
 }
 template <typename A>
 void Item(A& a, Ref<A, core::StateRequest> v) {

@@ -101,6 +101,44 @@ TEST(LayoutTest, RefusesWhatMakesNoSense) {
               }), HasSubstr("more than 2^40"));
 }
 
+// However a unit is cut, its pieces are the same, and each is of one parameter and one block.
+TEST(LayoutTest, TensorPiecesDoNotDependOnTheShards) {
+  ModelDescription model = Gpt(6, 96);
+  model.groups = {OptimizerKind::kLamb};
+  const Layout layout = *Layout::Build(model, {});
+  std::vector<bool> touched(layout.parameters().size(), true);
+  touched[2] = false;
+  EXPECT_TRUE(layout.AnyByTensor(touched));
+  const uint64_t block = layout.block_elements();
+  std::vector<uint64_t> covered(touched.size(), 0);
+  for (UnitIndex u = 0; u < layout.units().size(); ++u) {
+    const auto whole = layout.TensorPieces(u, {0, layout.units()[u].elements}, touched);
+    for (uint32_t members : {2u, 3u}) {
+      const Partition partition(layout, members);
+      size_t next = 0;
+      for (MemberIndex m = 0; m < members; ++m) {
+        for (const TensorPiece& piece : layout.TensorPieces(u, partition.Shard(u, m), touched)) {
+          ASSERT_LT(next, whole.size());
+          EXPECT_EQ(piece.parameter, whole[next].parameter);
+          EXPECT_EQ(piece.elements.begin, whole[next].elements.begin);
+          EXPECT_EQ(piece.elements.end, whole[next].elements.end);
+          ++next;
+        }
+      }
+      EXPECT_EQ(next, whole.size());
+    }
+    for (const TensorPiece& piece : whole) {
+      covered[piece.parameter] += piece.elements.size();
+      EXPECT_EQ(piece.elements.begin / block, (piece.elements.end - 1) / block);
+    }
+  }
+  for (size_t p = 0; p < covered.size(); ++p) {
+    EXPECT_EQ(covered[p], touched[p] ? layout.parameters()[p].elements : 0u) << p;
+  }
+  EXPECT_FALSE(layout.AnyByTensor(std::vector<bool>(touched.size(), false)));
+  EXPECT_FALSE(Layout::Build(Gpt(1), {})->AnyByTensor(std::vector<bool>(touched.size(), true)));
+}
+
 class PartitionOf : public ::testing::TestWithParam<uint32_t> {};
 
 TEST_P(PartitionOf, CutsWholeBlocksInOrderAndEvenly) {

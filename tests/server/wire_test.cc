@@ -19,7 +19,8 @@ core::HyperParameters SomeHyper() {
   hyper.loss_scale = 1024;
   hyper.want_norm = true;
   hyper.groups = {{1e-3, 0.9, 0.999, 1e-8, 0.01},
-                  {2e-3, 0.8, 0.99, 1e-6, 0, 0.7, 0.1, 0.2, 0.3, false, false, true}};
+                  {2e-3, 0.8, 0.99, 1e-6, 0, 0.7, 0.1, 0.2, 0.3, false, false, true, 0.1, 7,
+                   true}};
   return hyper;
 }
 
@@ -34,7 +35,8 @@ void ExpectSomeHyper(const core::HyperParameters& hyper) {
   EXPECT_EQ(hyper.groups[1].eps, 1e-6);
   EXPECT_EQ(hyper.groups[0].weight_decay, 0.01);
   EXPECT_TRUE(hyper.groups[0].decoupled && hyper.groups[0].bias_correction);
-  const core::Group rest{2e-3, 0.8, 0.99, 1e-6, 0, 0.7, 0.1, 0.2, 0.3, false, false, true};
+  const core::Group rest{2e-3, 0.8, 0.99, 1e-6, 0, 0.7, 0.1, 0.2, 0.3, false, false, true, 0.1, 7,
+                         true};
   EXPECT_TRUE(hyper.groups[1] == rest);
 }
 
@@ -61,12 +63,13 @@ core::Message FullReport() {
   report.items.push_back(scalar);
   report.items.push_back(core::Failed{absl::ResourceExhaustedError("no memory"), true});
   report.items.push_back(core::Forecasted{uint64_t{1} << 41});
+  report.items.push_back(core::TensorsMeasured{9, {{1.5, 2.5}, {0.0, 1e300}}});
   return report;
 }
 
 core::Message FullAppend() {
   core::Append append;
-  for (int kind = 0; kind <= static_cast<int>(core::EntryKind::kGeneration); ++kind) {
+  for (int kind = 0; kind <= static_cast<int>(core::EntryKind::kTensorNorms); ++kind) {
     core::Entry e;
     e.seq = 100 + kind;
     e.generation = 2;
@@ -93,6 +96,7 @@ core::Message FullAppend() {
       e.decision.touched = std::vector<bool>(65, true);
       e.decision.reason = "nonfinite";
     }
+    if (e.kind == core::EntryKind::kTensorNorms) e.squares = {{3, 4}, {0, 0.5}};
     append.entries.push_back(e);
   }
   return append;
@@ -132,6 +136,9 @@ TEST(Wire, FieldsArrive) {
   EXPECT_TRUE(std::get<core::StateRequest>(items[7]).put);
   EXPECT_EQ(std::get<core::StateRequest>(items[7]).kind, core::StateKind::kExpAvgSq);
   EXPECT_EQ(std::get<core::Forecasted>(items[10]).version, uint64_t{1} << 41);
+  const auto& measured = std::get<core::TensorsMeasured>(items[11]);
+  EXPECT_EQ(measured.step, 9u);
+  EXPECT_EQ(measured.squares, (std::vector<core::TensorSquares>{{1.5, 2.5}, {0.0, 1e300}}));
   EXPECT_EQ(std::get<core::Failed>(items[9]).status, absl::ResourceExhaustedError("no memory"));
 
   const auto append = DecodeMessage(EncodeMessage(FullAppend()));
@@ -140,6 +147,9 @@ TEST(Wire, FieldsArrive) {
     EXPECT_EQ(e.wants, ~uint64_t{0});
     EXPECT_EQ(e.scalar.values, std::vector<double>{3.25});
     EXPECT_EQ(e.reason, "because");
+    if (e.kind == core::EntryKind::kTensorNorms) {
+      EXPECT_EQ(e.squares, (std::vector<core::TensorSquares>{{3, 4}, {0, 0.5}}));
+    }
     if (e.kind != core::EntryKind::kCommit) continue;
     EXPECT_EQ(e.decision.kind, core::Decision::Kind::kSkip);
     EXPECT_EQ(e.decision.grad_scale, 0.125);
@@ -171,7 +181,7 @@ TEST(Wire, AnotherVersionIsNamed) {
   std::string bytes = EncodeMessage(core::Report{});
   bytes[4] = 9;
   EXPECT_THAT(std::string(DecodeMessage(bytes).status().message()),
-              testing::HasSubstr("message version 9, this one 1"));
+              testing::HasSubstr("message version 9, this one 2"));
 }
 
 TEST(Wire, LengthsThatCannotBeTrueTakeNoMemory) {

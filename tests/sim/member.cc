@@ -105,6 +105,7 @@ Member::Member(World* world, MemberIndex index)
     : world_(world), s_(world->scenario()), index_(index), partition_(s_.layout(), s_.spec.members),
       slots_(s_.spec.local_world) {
   for (const std::vector<Cell>& cells : s_.cells) weights_.emplace_back(cells.size(), 0);
+  moments_ = weights_;
   accumulated_step_.assign(s_.cells.size(), 0);
   reduced_step_.assign(s_.cells.size(), 0);
   marks_.assign(slots_.size(), std::vector<Marks>(s_.cells.size()));
@@ -395,6 +396,40 @@ void Member::CheckPlan(const core::ApplyPlan& plan) const {
   }
 }
 
+void Member::Do(core::StartMeasure& a) {
+  world_->Trace("member ", index_, " measures unit ", a.unit);
+  world_->Happens(Moment::kMeasure);
+  CheckPlan(*a.plan);
+  const Sums before = Final(a.unit, a.plan->step);
+  const std::vector<uint64_t> weights = weights_[a.unit];
+  Later([=, this] {
+    if (Final(a.unit, a.plan->step) != before || weights_[a.unit] != weights) {
+      Violate(absl::StrCat("unit ", a.unit, " changes while it is measured"));
+    }
+    job_->OnMeasured(a.unit, a.plan->step, MeasureUnit(a.unit, *a.plan));
+  });
+}
+
+// In the order of the cells, which is the layout's.
+std::vector<core::TensorSquares> Member::MeasureUnit(UnitIndex unit, const core::ApplyPlan& plan) {
+  const Sums sums = Final(unit, plan.step);
+  std::vector<core::TensorSquares> squares;
+  for (size_t c = 0; c < s_.cells[unit].size(); ++c) {
+    const Cell& cell = s_.cells[unit][c];
+    if (!s_.Keeps(index_, cell) || !s_.ByTensor(cell) || !plan.decision.touched[cell.parameter]) {
+      continue;
+    }
+    uint64_t& moment = moments_[unit][c];
+    moment = FirstMoment(moment, sums[cell.place], plan.step);
+    if (cell.owner != index_) continue;
+    const uint64_t block = s_.layout().block_elements();
+    for (uint64_t at = cell.elements.begin; at < cell.elements.end; at = (at / block + 1) * block) {
+      squares.push_back({WeightSquare(weights_[unit][c], at), UpdateSquare(moment, at)});
+    }
+  }
+  return squares;
+}
+
 void Member::Do(core::StartApply& a) {
   world_->Happens(Moment::kApply);
   CheckPlan(*a.plan);
@@ -418,8 +453,17 @@ void Member::ApplyUnit(UnitIndex unit, const core::ApplyPlan& plan) {
     if (!s_.Keeps(index_, cell) || !cell.trainable || !plan.decision.touched[cell.parameter]) {
       continue;
     }
-    weights_[unit][c] = Apply(weights_[unit][c], sums[cell.place], plan.step,
-                              plan.parameter_steps[cell.parameter]);
+    const uint64_t steps = plan.parameter_steps[cell.parameter];
+    uint64_t& weight = weights_[unit][c];
+    if (!s_.ByTensor(cell)) {
+      weight = Apply(weight, sums[cell.place], plan.step, steps);
+      continue;
+    }
+    if (plan.squares.size() != plan.parameter_steps.size()) {
+      Violate(absl::StrCat("unit ", unit, " is applied without the norms of its tensors"));
+    }
+    const core::TensorSquares& squares = plan.squares[cell.parameter];
+    weight = ApplyByTensor(weight, moments_[unit][c], squares.weight, squares.update, steps);
   }
 }
 

@@ -101,6 +101,7 @@ class Member {
   void Do(core::ComputeNorm& a);
   void Do(core::CommitBlobs& a);
   void Do(core::StartApply& a);
+  void Do(core::StartMeasure& a);
   void Do(core::StartPut& a);
   void Do(core::StartRead& a);
   void Do(core::DropGradients& a);
@@ -114,6 +115,7 @@ class Member {
   Sums Final(UnitIndex unit, Step step) const;
   void CheckPlan(const core::ApplyPlan& plan) const;
   void ApplyUnit(UnitIndex unit, const core::ApplyPlan& plan);
+  std::vector<core::TensorSquares> MeasureUnit(UnitIndex unit, const core::ApplyPlan& plan);
   void CheckExhausted(const core::Complete& a) const;
   void CheckAside(const char* when) const;
 
@@ -127,6 +129,7 @@ class Member {
   const core::Partition partition_;
   std::vector<std::shared_ptr<Process>> slots_;
   std::vector<std::vector<uint64_t>> weights_;  // [unit][cell], of the cells that it keeps
+  std::vector<std::vector<uint64_t>> moments_;  // likewise, of what is updated by tensor
   std::vector<std::vector<Marks>> marks_;       // [slot][unit]
   std::vector<Sums> accumulators_;              // [unit]
   std::vector<Step> accumulated_step_;

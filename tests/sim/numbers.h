@@ -51,6 +51,24 @@ constexpr uint64_t Apply(uint64_t weight, const Gradient& g, uint64_t step,
   return Hash(weight, g.sum, g.order, step, parameter_steps);
 }
 
+// The first pass of an optimizer by tensor: its moment, and a piece's squares, small integers as
+// above.
+constexpr uint64_t FirstMoment(uint64_t moment, const Gradient& g, uint64_t step) {
+  return Hash(moment, g.sum, g.order, step);
+}
+constexpr double WeightSquare(uint64_t weight, uint64_t begin) {
+  return static_cast<double>(1 + (Hash(weight, begin) & 1023));
+}
+constexpr double UpdateSquare(uint64_t moment, uint64_t begin) {
+  return static_cast<double>(1 + (Hash(moment, begin, 1) & 1023));
+}
+// The second, from the sums of the tensor's pieces.
+constexpr uint64_t ApplyByTensor(uint64_t weight, uint64_t moment, double weight_square,
+                                 double update_square, uint64_t parameter_steps) {
+  return Hash(weight, moment, static_cast<uint64_t>(weight_square),
+              static_cast<uint64_t>(update_square), parameter_steps);
+}
+
 // One generator per purpose, each a function of the seed: changing how one is used leaves the
 // others as they were.
 class Random {

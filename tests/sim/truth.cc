@@ -13,6 +13,7 @@ void Violate(const std::string& text) { throw Violation{text}; }
 Truth::Truth(const Scenario* scenario) : s_(*scenario) {
   Weights& zeros = after_[0];
   for (const std::vector<Cell>& cells : s_.cells) zeros.emplace_back(cells.size(), 0);
+  moments_ = zeros;
   parameter_steps_.assign(s_.layout().parameters().size(), 0);
   if (s_.spec.loss_scale.has_value()) loss_scaler_.emplace(*s_.spec.loss_scale);
   PrepareBefore(1);
@@ -91,6 +92,37 @@ Gradient Truth::Sum(const std::vector<std::shared_ptr<Process>>& processes, Unit
   return total;
 }
 
+void Truth::ApplyStep(const Outcome& outcome, const std::vector<Gradient>& gradients, Step step,
+                      Weights* weights) {
+  std::vector<double> weight_squares(gradients.size(), 0.0);
+  std::vector<double> update_squares(gradients.size(), 0.0);
+  const auto for_each = [&](const auto& visit) {
+    for (UnitIndex u = 0; u < s_.cells.size(); ++u) {
+      for (size_t c = 0; c < s_.cells[u].size(); ++c) {
+        const Cell& cell = s_.cells[u][c];
+        if (!cell.trainable || !outcome.touched[cell.parameter]) continue;
+        visit(cell, &(*weights)[u][c], &moments_[u][c]);
+      }
+    }
+  };
+  for_each([&](const Cell& cell, const uint64_t* weight, uint64_t* moment) {
+    if (!s_.ByTensor(cell)) return;
+    *moment = FirstMoment(*moment, gradients[cell.parameter], step);
+    const uint64_t block = s_.layout().block_elements();
+    for (uint64_t at = cell.elements.begin; at < cell.elements.end; at = (at / block + 1) * block) {
+      weight_squares[cell.parameter] += WeightSquare(*weight, at);
+      update_squares[cell.parameter] += UpdateSquare(*moment, at);
+    }
+  });
+  for_each([&](const Cell& cell, uint64_t* weight, const uint64_t* moment) {
+    const uint64_t steps = parameter_steps_[cell.parameter] + 1;
+    *weight = s_.ByTensor(cell)
+                  ? ApplyByTensor(*weight, *moment, weight_squares[cell.parameter],
+                                  update_squares[cell.parameter], steps)
+                  : Apply(*weight, gradients[cell.parameter], step, steps);
+  });
+}
+
 void Truth::Commit(Step step, const std::vector<std::shared_ptr<Process>>& processes) {
   if (step != committed_ + 1) {
     Violate(absl::StrCat("step ", step, " is committed after step ", committed_));
@@ -138,14 +170,7 @@ void Truth::Commit(Step step, const std::vector<std::shared_ptr<Process>>& proce
   }
   outcome.grad_norm =
       std::sqrt(squares) / (static_cast<double>(s_.world()) * outcome.loss_scale);
-  for (UnitIndex u = 0; u < s_.cells.size() && !outcome.skip; ++u) {
-    for (size_t c = 0; c < s_.cells[u].size(); ++c) {
-      const Cell& cell = s_.cells[u][c];
-      if (!cell.trainable || !outcome.touched[cell.parameter]) continue;
-      w[u][c] = Apply(w[u][c], gradients[cell.parameter], step,
-                      parameter_steps_[cell.parameter] + 1);
-    }
-  }
+  if (!outcome.skip) ApplyStep(outcome, gradients, step, &w);
   for (size_t p = 0; p < parameters.size() && !outcome.skip; ++p) {
     if (outcome.touched[p]) ++parameter_steps_[p];
   }

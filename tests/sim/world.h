@@ -56,10 +56,13 @@ class Truth {
   Gradient Sum(const std::vector<std::shared_ptr<Process>>& processes, UnitIndex unit,
                uint32_t place) const;
   void PrepareBefore(Step step);
+  void ApplyStep(const Outcome& outcome, const std::vector<Gradient>& gradients, Step step,
+                 Weights* weights);
 
   const Scenario& s_;
   Step committed_ = 0;
   std::vector<uint64_t> parameter_steps_;
+  Weights moments_;  // of what is updated by tensor
   std::optional<core::LossScaler> loss_scaler_;
   std::map<Step, Weights> before_;
   std::map<Step, Weights> after_;

@@ -39,7 +39,7 @@ from zerod.leaf import (
     z3_leaf_module,
 )
 from zerod.loader import Loader
-from zerod.optimizer import SGD, Adagrad, Adam, AdamW, Lion
+from zerod.optimizer import SGD, Adagrad, Adam, AdamW, Lamb, Lion
 from zerod.schedule import WarmupLR
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "GatheredParameters",
     "Internal",
     "InvalidArgument",
+    "Lamb",
     "Lion",
     "Loader",
     "ModelError",

@@ -211,6 +211,47 @@ class SGD(Optimizer):
         return {**super().values(group), "nesterov": bool(group["nesterov"])}
 
 
+class Lamb(Optimizer):
+    """You et al., "Large Batch Optimization for Deep Learning", with what DeepSpeed's FusedLamb has
+    beside it: the ratio of a tensor's norm to its update's lies within [min_coeff, max_coeff].
+
+    Norms are of whole parameters, at every stage and on any number of nodes.
+    """
+
+    KIND = "lamb"
+    KEYS = ("lr", "eps", "weight_decay", "min_coeff", "max_coeff")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        eps_inside_sqrt: bool = False,
+        weight_decay: float = 0.0,
+        max_coeff: float = 10.0,
+        min_coeff: float = 0.01,
+    ) -> None:
+        if not 0 <= min_coeff <= max_coeff:
+            raise ValueError(f"min_coeff {min_coeff} and max_coeff {max_coeff} bound no ratio")
+        defaults = {
+            "lr": lr,
+            "bias_correction": bias_correction,
+            "betas": tuple(betas),
+            "eps": eps,
+            "eps_inside_sqrt": eps_inside_sqrt,
+            "weight_decay": weight_decay,
+            "max_coeff": max_coeff,
+            "min_coeff": min_coeff,
+        }
+        super().__init__(params, defaults)
+
+    def values(self, group: dict[str, Any]) -> dict[str, Any]:
+        flags = {key: bool(group[key]) for key in ("bias_correction", "eps_inside_sqrt")}
+        return {**super().values(group), **flags}
+
+
 # Whose place is taken, by exact class: a subclass may compute anything.
 _ADOPTED: dict[str, type[Optimizer]] = {
     "torch.optim.adamw.AdamW": AdamW,
@@ -274,6 +315,10 @@ def _from_config(section: dict[str, Any], parameters: list[Any]) -> Optimizer:
     if kind == "SGD":
         keys = ("momentum", "dampening", "nesterov")
         return SGD(parameters, **{key: params[key] for key in keys}, **common)
+    if kind == "Lamb":
+        keys = ("bias_correction", "eps", "eps_inside_sqrt", "max_coeff", "min_coeff")
+        betas = tuple(params["betas"])
+        return Lamb(parameters, betas=betas, **{key: params[key] for key in keys}, **common)
     raise ModelError(f"the optimizer {kind!r} is not served")
 
 

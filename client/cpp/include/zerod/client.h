@@ -25,7 +25,14 @@ namespace zerod::client {
 
 enum class DType { kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
 // What a parameter group is updated by, for the life of the job; kSgd is the one without momentum.
-enum class OptimizerKind { kAdam = 1, kLion = 2, kAdagrad = 3, kSgd = 4, kSgdMomentum = 5 };
+enum class OptimizerKind {
+  kAdam = 1,
+  kLion = 2,
+  kAdagrad = 3,
+  kSgd = 4,
+  kSgdMomentum = 5,
+  kLamb = 6,
+};
 
 struct ModuleInfo {
   std::string path;
@@ -91,6 +98,9 @@ struct Group {
   bool decoupled = true;  // Adam: AdamW's weight decay, else L2 regularization
   bool bias_correction = true;
   bool nesterov = false;
+  double min_coeff = 0.01;  // LAMB
+  double max_coeff = 10;    // LAMB
+  bool eps_inside_sqrt = false;  // LAMB
 };
 struct StepRequest {
   double max_norm = 0;
