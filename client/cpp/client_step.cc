@@ -103,7 +103,8 @@ absl::Status ClientImpl::PostStep(const StepRequest& request) {
     r.flags = (group.decoupled ? uint64_t{shm::kDecoupled} : 0) |
               (group.bias_correction ? uint64_t{shm::kBiasCorrection} : 0) |
               (group.nesterov ? uint64_t{shm::kNesterov} : 0) |
-              (group.eps_inside_sqrt ? uint64_t{shm::kEpsInsideSqrt} : 0);
+              (group.eps_inside_sqrt ? uint64_t{shm::kEpsInsideSqrt} : 0) |
+              (group.standard_newton_schulz ? uint64_t{shm::kStandardNewtonSchulz} : 0);
     r.min_coeff = group.min_coeff;
     r.max_coeff = group.max_coeff;
   }

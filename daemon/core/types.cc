@@ -39,6 +39,9 @@ absl::Status CheckGroup(OptimizerKind kind, const Group& g) {
   if (lamb && (!std::isfinite(g.max_coeff) || g.min_coeff < 0 || !(g.min_coeff <= g.max_coeff))) {
     return Refuse("min_coeff must not be negative nor above max_coeff, which must be finite");
   }
+  if (kind == OptimizerKind::kMuon && !IsShare(g.momentum)) {
+    return Refuse("momentum must lie in [0, 1)");
+  }
   if (kind == OptimizerKind::kSgd && (g.momentum != 0 || g.nesterov)) {
     return Refuse("the job was begun without momentum, so there is no memory for it");
   }
@@ -57,6 +60,7 @@ Hash128 HyperParameters::Hash() const {
     h.Add(g.dampening).Add(g.lr_decay).Add(g.initial_accumulator_value);
     h.Add(uint64_t{g.decoupled}).Add(uint64_t{g.bias_correction}).Add(uint64_t{g.nesterov});
     h.Add(g.min_coeff).Add(g.max_coeff).Add(uint64_t{g.eps_inside_sqrt});
+    h.Add(uint64_t{g.standard_newton_schulz});
   }
   return h.Finish();
 }

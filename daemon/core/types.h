@@ -42,10 +42,13 @@ enum class OptimizerKind : uint8_t {
   kSgd = 4,          // without momentum
   kSgdMomentum = 5,
   kLamb = 6,         // by tensor: kernels/cpu/lamb.h
+  kMuon = 7,         // by matrix: kernels/cpu/muon.h
 };
 // True where a step of one element depends on norms of its whole tensor: such a step is taken in
 // two passes, with TENSOR_NORMS between them.
 constexpr bool ByTensor(OptimizerKind kind) { return kind == OptimizerKind::kLamb; }
+// True where it depends on all elements of its matrix, and not by sums: then no shard cuts one.
+constexpr bool ByMatrix(OptimizerKind kind) { return kind == OptimizerKind::kMuon; }
 // fp32 tensors of state beside the master copy, StateKind::kExpAvg first.
 constexpr uint32_t StateTensors(OptimizerKind kind) {
   return kind == OptimizerKind::kAdam || kind == OptimizerKind::kLamb ? 2
@@ -60,16 +63,17 @@ struct Group {
   double beta2 = 0;         // Adam, Lion, LAMB
   double eps = 0;           // Adam, Adagrad, LAMB
   double weight_decay = 0;
-  double momentum = 0;      // kSgdMomentum
+  double momentum = 0;      // kSgdMomentum, Muon
   double dampening = 0;     // kSgdMomentum
   double lr_decay = 0;      // Adagrad
   double initial_accumulator_value = 0;  // Adagrad
   bool decoupled = true;        // Adam: AdamW's weight decay
   bool bias_correction = true;  // Adam, LAMB
-  bool nesterov = false;        // kSgdMomentum
+  bool nesterov = false;        // kSgdMomentum, Muon
   double min_coeff = 0.01;      // LAMB: bounds of the trust ratio
   double max_coeff = 10;
   bool eps_inside_sqrt = false;  // LAMB
+  bool standard_newton_schulz = false;  // Muon: not by the Gram matrix
   friend bool operator==(const Group&, const Group&) = default;
 };
 // OK, or INVALID_ARGUMENT naming what `kind` cannot compute with.

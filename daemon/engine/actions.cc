@@ -390,16 +390,37 @@ void JobRunnerImpl::Do(core::StartApply& action) {
   const absl::Time since = MonotonicNow();
   const uint64_t copied =
       job_->ValidAfterApply(action.unit) ? request_.layout->UnitBytes(action.unit) : 0;
+  const std::vector<size_t> matrices = TouchedMatrices(*task);
+  auto left = std::make_shared<size_t>(matrices.size() + 1);
+  const auto done = [this, left, unit = action.unit, step = action.plan->step, since, copied] {
+    if (--*left != 0) return;
+    metrics_->Observe(metrics::Latency::kApply, SecondsSince(since));
+    bytes_gathered_ += copied;
+    metrics_->Add(metrics::Traffic::kGatheredToWindow, copied);
+    job_->OnApplyDone(unit, step);
+  };
+  for (const size_t place : matrices) {
+    matrices_->Push([task, place](float* scratch) { ApplyMatrix(*task, place, scratch); }, done);
+  }
   const absl::Status status = workers_->Run(
       range.empty() ? 0 : PartsOf(range.size()),
-      [task, range](size_t part) { Apply(*task, PartOf(range, part)); },
-      [this, unit = action.unit, step = action.plan->step, since, copied] {
-        metrics_->Observe(metrics::Latency::kApply, SecondsSince(since));
-        bytes_gathered_ += copied;
-        metrics_->Add(metrics::Traffic::kGatheredToWindow, copied);
-        job_->OnApplyDone(unit, step);
-      });
+      [task, range](size_t part) { Apply(*task, PartOf(range, part)); }, done);
   if (!status.ok()) Broken(status);
+}
+
+// Places in the unit of what is to be updated by matrix here.
+std::vector<size_t> JobRunnerImpl::TouchedMatrices(const ApplyTask& task) const {
+  const core::Layout& layout = *request_.layout;
+  const std::vector<uint32_t>& parameters = layout.units()[task.unit].parameters;
+  const Range kept = store_->TrainRange(task.unit);
+  std::vector<size_t> places;
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    const core::Parameter& p = layout.parameters()[parameters[i]];
+    if (!layout.IsByMatrix(p)) break;  // they come first
+    const bool here = p.elements > 0 && p.offset >= kept.begin && p.offset < kept.end;
+    if (here && task.plan->decision.touched[parameters[i]]) places.push_back(i);
+  }
+  return places;
 }
 
 }  // namespace zerod::engine

@@ -62,6 +62,8 @@ class ParameterUpdate {
         sgd_ = kernels::MakeSgdScalars(group.lr, group.momentum, group.dampening,
                                        group.weight_decay, group.nesterov, t, grad_scale);
         break;
+      case core::OptimizerKind::kMuon:
+        break;  // ApplyMatrix
       case core::OptimizerKind::kLamb: {
         lamb_ = LambScalarsOf(group, t, grad_scale);
         const core::TensorSquares& squares = plan.squares[parameter];
@@ -108,6 +110,8 @@ class ParameterUpdate {
       case core::OptimizerKind::kLamb:
         return kernels::LambApply(lamb_, trust_ratio_, p, first, store_.moment(1, unit_, begin),
                                   copy, n);
+      case core::OptimizerKind::kMuon:
+        return;
     }
   }
 
@@ -156,36 +160,44 @@ absl::Status CheckApply(const core::Layout& layout, core::UnitIndex unit,
   return absl::OkStatus();
 }
 
-void Apply(const ApplyTask& task, Range range) {
+void UpdateWeights(const ApplyTask& task, Range part,
+                   const std::function<void(Range, float*, kernels::Copy)>& update) {
   const MoveContext& c = *task.context;
   const ShardStore& store = *c.store;
-  const core::Decision& decision = task.plan->decision;
-  const core::Unit& unit = c.layout->units()[task.unit];
   const core::DType dtype = c.layout->dtype();
   const bool fp32 = dtype == core::DType::kFloat32;
   // Below stage 3 the window's copy of what is updated here is the one to send from; else it is
   // written here only where nobody else will (core::Job::ValidAfterApply).
   const bool to_window = c.plan->window.resident[task.unit] && (store.full() || c.stage < 3);
+  if (c.plan->master_in_window) {
+    task.copy.ForEach(part, [&](std::byte* data, Range piece) {
+      update(piece, reinterpret_cast<float*>(data), nullptr);
+    });
+  } else if (to_window && !fp32) {
+    task.copy.ForEach(part, [&](std::byte* data, Range piece) {
+      update(piece, store.master(task.unit, piece.begin), CopyAt(dtype, data));
+    });
+  } else {
+    float* const master = store.master(task.unit, part.begin);
+    // In a float32 job there are none, and CopyAt is null.
+    update(part, master, CopyAt(dtype, store.copy(task.unit, part.begin)));
+    if (to_window) task.copy.Store(part, master);
+  }
+}
+
+void Apply(const ApplyTask& task, Range range) {
+  const MoveContext& c = *task.context;
+  const core::Decision& decision = task.plan->decision;
+  const core::Unit& unit = c.layout->units()[task.unit];
   ForEachParameter(*c.layout, task.unit, range, [&](size_t i, Range part) {
     const uint32_t index = unit.parameters[i];
-    if (!decision.touched[index]) return;
-    const uint32_t group = c.layout->parameters()[index].group;
-    const ParameterUpdate update(&store, task.unit, c.layout->optimizer(group),
-                                 *task.plan, index, group, &task.sources->of[i]);
-    if (c.plan->master_in_window) {
-      task.copy.ForEach(part, [&](std::byte* data, Range piece) {
-        update.Run(piece, reinterpret_cast<float*>(data), nullptr);
-      });
-    } else if (to_window && !fp32) {
-      task.copy.ForEach(part, [&](std::byte* data, Range piece) {
-        update.Run(piece, store.master(task.unit, piece.begin), CopyAt(dtype, data));
-      });
-    } else {
-      float* const master = store.master(task.unit, part.begin);
-      // In a float32 job there are none, and CopyAt is null.
-      update.Run(part, master, CopyAt(dtype, store.copy(task.unit, part.begin)));
-      if (to_window) task.copy.Store(part, master);
-    }
+    const core::Parameter& parameter = c.layout->parameters()[index];
+    if (!decision.touched[index] || c.layout->IsByMatrix(parameter)) return;
+    const ParameterUpdate update(c.store, task.unit, c.layout->optimizer(parameter.group),
+                                 *task.plan, index, parameter.group, &task.sources->of[i]);
+    UpdateWeights(task, part, [&](Range piece, float* weights, kernels::Copy copy) {
+      update.Run(piece, weights, copy);
+    });
   });
 }
 

@@ -63,6 +63,7 @@ absl::StatusOr<core::HyperParameters> ReadHyperParameters(const shm::StepRecord&
     g.min_coeff = r.min_coeff;
     g.max_coeff = r.max_coeff;
     g.eps_inside_sqrt = (r.flags & shm::kEpsInsideSqrt) != 0;
+    g.standard_newton_schulz = (r.flags & shm::kStandardNewtonSchulz) != 0;
   }
   return hyper;
 }

@@ -151,7 +151,7 @@ void Hash(A& a, Ref<A, Hash128> v) {
   a.Number(v.high);
 }
 
-constexpr size_t kGroupBytes = 11 * 8 + 4;
+constexpr size_t kGroupBytes = 11 * 8 + 5;
 
 template <typename A>
 void Hyper(A& a, Ref<A, core::HyperParameters> v) {
@@ -174,6 +174,7 @@ void Hyper(A& a, Ref<A, core::HyperParameters> v) {
     b.Number(g.min_coeff);
     b.Number(g.max_coeff);
     b.Bool(g.eps_inside_sqrt);
+    b.Bool(g.standard_newton_schulz);
   });
 }
 

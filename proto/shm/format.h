@@ -90,8 +90,9 @@ static_assert(sizeof(CompleteEntry) == 32);
 enum GroupFlags : uint64_t {
   kDecoupled = 1,       // Adam: weight decay is AdamW's
   kBiasCorrection = 2,  // Adam, LAMB
-  kNesterov = 4,        // SGD
+  kNesterov = 4,        // SGD, Muon
   kEpsInsideSqrt = 8,   // LAMB
+  kStandardNewtonSchulz = 16,  // Muon
 };
 struct GroupRecord {
   double lr;

@@ -177,10 +177,10 @@ const struct {
     {R"("zero_optimization": {"stage3_max_live_parameters": 18446744073709551616})", "is not"},
     {R"("zero_optimization": {"stage3_param_persistence_threshold": 1.5})", "1.5 is not"},
     {R"("zero_optimization": {"stage3_prefetch_bucket_size": -1})", "-1 is not"},
-    {R"("optimizer": {"type": "muon"})", R"(optimizer.type: "Muon" is not served yet)"},
+    {R"("optimizer": {"type": "musgd"})", R"(optimizer.type: "MuSGD" is not served yet)"},
     {R"("optimizer": {"type": "AdamV"})",
      R"(optimizer.type: "AdamV" is not allowed; it must be "AdamW" or "Adam" or "Lion" )"
-     R"(or "Adagrad" or "SGD" or "Lamb"; did you mean "AdamW"?)"},
+     R"(or "Adagrad" or "SGD" or "Lamb" or "Muon"; did you mean "AdamW"?)"},
     {R"("optimizer": {"type": ""})", R"(optimizer.type: "" is not allowed)"},
     {R"("optimizer": {"type": 3})", "optimizer.type: 3 is not allowed"},
     {R"("optimizer": {"params": {"lr": 1}})", "optimizer.type: is missing"},

@@ -96,7 +96,8 @@ TEST_F(JobTest, AnOverflowSkipsTheStepAndLowersTheScaleForAll) {
 TEST_F(JobTest, AGroupIsCheckedForWhatItsOptimizerReads) {
   const OptimizerKind kinds[] = {OptimizerKind::kAdam, OptimizerKind::kLion,
                                  OptimizerKind::kAdagrad, OptimizerKind::kSgd,
-                                 OptimizerKind::kSgdMomentum, OptimizerKind::kLamb};
+                                 OptimizerKind::kSgdMomentum, OptimizerKind::kLamb,
+                                 OptimizerKind::kMuon};
   const auto refused = [](OptimizerKind kind, auto change) {
     Group g;
     change(&g);
@@ -115,6 +116,7 @@ TEST_F(JobTest, AGroupIsCheckedForWhatItsOptimizerReads) {
     EXPECT_EQ(refused(kind, [](Group* g) { g->min_coeff = g->max_coeff + 1; }), lamb);
     EXPECT_EQ(refused(kind, [&](Group* g) { g->max_coeff = nan; }), lamb);
   }
+  EXPECT_TRUE(refused(OptimizerKind::kMuon, [](Group* g) { g->momentum = 1; }));
   EXPECT_TRUE(refused(OptimizerKind::kAdagrad, [&](Group* g) { g->lr_decay = -1; }));
   EXPECT_TRUE(refused(OptimizerKind::kSgd, [](Group* g) { g->momentum = 0.9; }));
   EXPECT_FALSE(refused(OptimizerKind::kSgdMomentum, [](Group* g) { g->momentum = 0.9; }));

@@ -126,7 +126,10 @@ TEST_P(EveryOptimizer, TrainsAsPlainLoopsDo) {
     Workload workload = DefaultWorkload();
     workload.hyper.groups.assign(2, GetParam().group);
     workload.hyper.groups[1].lr *= 0.5;
-    if (GetParam().second == core::OptimizerKind::kSgd) workload.hyper.groups[1].momentum = 0;
+    if (GetParam().second == core::OptimizerKind::kSgd) {
+      workload.hyper.groups[1].momentum = 0;
+      workload.hyper.groups[1].nesterov = false;
+    }
     constexpr uint64_t kSteps = 3;
     Reference reference(&cluster.layout(), members, 1, /*node_sum=*/false);
     for (uint64_t i = 0; i < kSteps; ++i) reference.Step(workload);
@@ -170,6 +173,14 @@ core::Group WideLamb() {
   return g;
 }
 
+core::Group SomeMuon(bool standard) {
+  core::Group g = SomeGroup();
+  g.momentum = 0.9;
+  g.nesterov = !standard;
+  g.standard_newton_schulz = standard;
+  return g;
+}
+
 core::Group PlainAdam() {
   core::Group g = SomeGroup();
   g.decoupled = false;
@@ -192,12 +203,16 @@ INSTANTIATE_TEST_SUITE_P(
                       WideLamb()},
         OptimizerCase{"AdamAndLamb", core::OptimizerKind::kAdam, core::OptimizerKind::kLamb,
                       WideLamb()},
+        OptimizerCase{"Muon", core::OptimizerKind::kMuon, core::OptimizerKind::kSgd,
+                      SomeMuon(/*standard=*/false)},
         OptimizerCase{"Nesterov", core::OptimizerKind::kSgdMomentum,
                       core::OptimizerKind::kSgdMomentum, WithMomentum(true)}),
     [](const auto& c) { return c.param.name; });
 
-// Norms of whole tensors, with another part of them on each member, or all of them on each.
-TEST(Lamb, HasTheSameBitsAtEveryStage) {
+// What needs whole tensors, with another part of the job on each member, or all of it on each.
+class WholeTensors : public ::testing::TestWithParam<OptimizerCase> {};
+
+TEST_P(WholeTensors, HaveTheSameBitsAtEveryStage) {
   for (const uint32_t members : {1u, 2u, 3u}) {
     std::optional<JobState> expected;
     for (const uint32_t stage : {0u, 1u, 2u, 3u}) {
@@ -206,11 +221,11 @@ TEST(Lamb, HasTheSameBitsAtEveryStage) {
       options.local_world = members == 1 ? 2 : 1;
       options.config = ConfigText(stage, kFp32, stage == 3 ? kSmallWindow : "");
       options.model = SmallModel(kFp32, 4, 130);
-      options.model.groups = {core::OptimizerKind::kLamb, core::OptimizerKind::kLamb};
+      options.model.groups = {GetParam().first, GetParam().second};
       Cluster cluster(options);
       Workload workload = DefaultWorkload();
       workload.hyper.max_norm = 0.5;
-      workload.hyper.groups.assign(2, WideLamb());
+      workload.hyper.groups.assign(2, GetParam().group);
       constexpr uint64_t kSteps = 3;
       if (!expected.has_value()) {
         Reference reference(&cluster.layout(), members, options.local_world, /*node_sum=*/false);
@@ -226,6 +241,16 @@ TEST(Lamb, HasTheSameBitsAtEveryStage) {
     }
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(
+    Kinds, WholeTensors,
+    ::testing::Values(OptimizerCase{"Lamb", core::OptimizerKind::kLamb, core::OptimizerKind::kLamb,
+                                    WideLamb()},
+                      OptimizerCase{"Muon", core::OptimizerKind::kMuon, core::OptimizerKind::kAdam,
+                                    SomeMuon(/*standard=*/false)},
+                      OptimizerCase{"MuonStandard", core::OptimizerKind::kMuon,
+                                    core::OptimizerKind::kLamb, SomeMuon(/*standard=*/true)}),
+    [](const auto& c) { return c.param.name; });
 
 TEST(SeveralMembers, RoundsAddUpAtTheOwners) {
   for (uint32_t stage : {0u, 3u}) {

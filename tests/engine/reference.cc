@@ -8,6 +8,7 @@
 #include "base/check.h"
 #include "base/status.h"
 #include "kernels/cpu/lamb.h"
+#include "kernels/cpu/muon.h"
 #include "kernels/cpu/reference.h"
 
 namespace zerod::engine::testing {
@@ -203,7 +204,26 @@ void Reference::Update(const core::Parameter& p, const core::HyperParameters& hy
     }
     case core::OptimizerKind::kLamb:
       return UpdateByLamb(p, g, t, scale, gradient);
+    case core::OptimizerKind::kMuon:
+      return UpdateByMuon(p, g, scale, gradient);
   }
+}
+
+void Reference::UpdateByMuon(const core::Parameter& p, const core::Group& g, double scale,
+                             const float* gradient) {
+  const kernels::MuonScalars scalars =
+      kernels::MakeMuonScalars(g.lr, g.momentum, g.nesterov, g.weight_decay, scale);
+  const kernels::NewtonSchulz method = g.standard_newton_schulz ? kernels::NewtonSchulz::kStandard
+                                                                : kernels::NewtonSchulz::kGram;
+  const auto rows = static_cast<size_t>(p.shape[0]);
+  const size_t columns = p.elements / rows;
+  std::vector<float> update(p.elements);
+  std::vector<float> scratch(kernels::OrthogonalizeScratch(method, rows, columns));
+  kernels::reference::MuonMomentum(scalars, &gradient, 1, moments_[0][p.unit].data() + p.offset,
+                                   update.data(), p.elements);
+  kernels::Orthogonalize(method, update.data(), rows, columns, scratch.data());
+  kernels::reference::MuonApply(scalars, update.data(), master_[p.unit].data() + p.offset, nullptr,
+                                p.elements);
 }
 
 // Both passes; the squares block by block of the unit.

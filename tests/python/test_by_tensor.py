@@ -15,7 +15,7 @@ CLIP = 0.3
 
 
 class Lamb(torch.optim.Optimizer):
-    """The paper's algorithm 2 with DeepSpeed's bounds and its one correction of the whole update."""
+    """The paper's algorithm 2, with DeepSpeed's bounds and its correction of the whole update."""
 
     def __init__(self, params, lr, betas, eps, weight_decay, min_coeff=0.01, max_coeff=10.0,
                  bias_correction=True, eps_inside_sqrt=False):
@@ -49,6 +49,43 @@ class Lamb(torch.optim.Optimizer):
                 p.sub_(rate * ratio * update)
 
 
+class Muon(torch.optim.Optimizer):
+    """The author's, in fp32, and AdamW for what is no matrix."""
+
+    def __init__(self, params, muon_lr, adam_lr, momentum, betas, eps, weight_decay):
+        super().__init__(params, {"weight_decay": weight_decay})
+        self.rates, self.momentum, self.betas, self.eps = (muon_lr, adam_lr), momentum, betas, eps
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                rate = self.rates[0] if p.dim() == 2 else self.rates[1]
+                update = (self._matrix if p.dim() == 2 else self._adam)(p, self.state[p])
+                p.mul_(1 - rate * group["weight_decay"]).sub_(rate * update)
+
+    def _matrix(self, p, state):
+        m = state.setdefault("m", torch.zeros_like(p))
+        m.lerp_(p.grad, 1 - self.momentum)
+        x = p.grad.lerp(m, self.momentum)
+        x = x / (x.norm() + 1e-7)
+        for _ in range(5):
+            a = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        return x * max(1, p.shape[0] / p.shape[1]) ** 0.5
+
+    def _adam(self, p, state):
+        m = state.setdefault("m", torch.zeros_like(p))
+        v = state.setdefault("v", torch.zeros_like(p))
+        t = state["t"] = state.get("t", 0) + 1
+        m.lerp_(p.grad, 1 - self.betas[0])
+        v.lerp_(p.grad.square(), 1 - self.betas[1])
+        m, v = m / (1 - self.betas[0] ** t), v / (1 - self.betas[1] ** t)
+        return m / (v.sqrt() + self.eps)
+
+
+MUON = {"muon_lr": 0.02, "adam_lr": 0.003, "momentum": 0.9, "betas": (0.8, 0.95), "eps": 1e-8,
+        "weight_decay": 0.1}
 SHARED = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 CASES = {
     "lamb": ({"type": "Lamb", "params": SHARED}, lambda p: Lamb(p, **SHARED)),
@@ -57,6 +94,9 @@ CASES = {
                                     "bias_correction": False, "eps_inside_sqrt": True}},
         lambda p: Lamb(p, **SHARED, max_coeff=0.5, min_coeff=0.3, bias_correction=False,
                        eps_inside_sqrt=True)),
+    "muon": ({"type": "Muon", "params": MUON}, lambda p: Muon(p, **MUON)),
+    "muon-standard": ({"type": "muon", "params": {**MUON, "ns_method": "standard"}},
+                      lambda p: Muon(p, **MUON)),
 }
 
 
@@ -81,10 +121,12 @@ def test_equals_plain_pytorch(name, results):
     world, ranks = results
     losses, norms, weights = plain(CASES[name][1], STEPS, clip=CLIP, world=world)
     result = ranks[0][f"{name}-{STAGES[0]}"]
-    assert result["losses"] == pytest.approx(losses, rel=1e-5)
-    assert result["norms"] == pytest.approx(norms, rel=1e-5)
+    # The iteration magnifies what rounding does to a matrix's small singular values.
+    loose = 20 if name.startswith("muon") else 1
+    assert result["losses"] == pytest.approx(losses, rel=1e-5 * loose)
+    assert result["norms"] == pytest.approx(norms, rel=1e-5 * loose)
     for parameter, value in weights.items():
-        torch.testing.assert_close(result["state"][parameter], value, rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(result["state"][parameter], value, rtol=1e-4, atol=2e-6 * loose)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -100,7 +142,8 @@ def test_stages_have_the_same_bits(name, results):
 def test_the_ratios_are_not_all_alike():
     """Else these tests would pass for what has no norms."""
     made = []
-    for _, make in CASES.values():
+    for name in ("lamb", "lamb-bounded"):
+        make = CASES[name][1]
         plain(lambda p, make=make: made.append(make(p)) or made[-1], STEPS, clip=CLIP)
     assert len({round(ratio, 3) for ratio in made[0].ratios}) > 10
     assert {0.5} < set(made[1].ratios)

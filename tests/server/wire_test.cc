@@ -20,7 +20,7 @@ core::HyperParameters SomeHyper() {
   hyper.want_norm = true;
   hyper.groups = {{1e-3, 0.9, 0.999, 1e-8, 0.01},
                   {2e-3, 0.8, 0.99, 1e-6, 0, 0.7, 0.1, 0.2, 0.3, false, false, true, 0.1, 7,
-                   true}};
+                   true, true}};
   return hyper;
 }
 
@@ -36,7 +36,7 @@ void ExpectSomeHyper(const core::HyperParameters& hyper) {
   EXPECT_EQ(hyper.groups[0].weight_decay, 0.01);
   EXPECT_TRUE(hyper.groups[0].decoupled && hyper.groups[0].bias_correction);
   const core::Group rest{2e-3, 0.8, 0.99, 1e-6, 0, 0.7, 0.1, 0.2, 0.3, false, false, true, 0.1, 7,
-                         true};
+                         true, true};
   EXPECT_TRUE(hyper.groups[1] == rest);
 }
 

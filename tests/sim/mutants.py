@@ -74,7 +74,8 @@ MUTANTS = [
      "return connected_ && !u.writing && !u.applying && u.applied >= e.step;",
      "return connected_ && !u.writing;"),
     ("norms_before_all_measured", "sequencer.cc",
-     "  for (const MemberState& other : members_) {\n    if (!other.squares.has_value()) return absl",
+     "  for (const MemberState& other : members_) {\n"
+     "    if (!other.squares.has_value()) return absl",
      "  for (MemberState& other : members_) {\n"
      "    if (!other.squares.has_value()) other.squares.emplace(size_t{1} << 16);\n"
      "    if (!other.squares.has_value()) return absl"),

@@ -39,7 +39,7 @@ from zerod.leaf import (
     z3_leaf_module,
 )
 from zerod.loader import Loader
-from zerod.optimizer import SGD, Adagrad, Adam, AdamW, Lamb, Lion
+from zerod.optimizer import SGD, Adagrad, Adam, AdamW, Lamb, Lion, Muon
 from zerod.schedule import WarmupLR
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "Lion",
     "Loader",
     "ModelError",
+    "Muon",
     "PermissionDenied",
     "ResourceExhausted",
     "Unavailable",

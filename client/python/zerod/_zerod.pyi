@@ -115,6 +115,7 @@ class Group:
     min_coeff: float
     max_coeff: float
     eps_inside_sqrt: bool
+    standard_newton_schulz: bool
     def __init__(
         self,
         lr: float,
@@ -132,6 +133,7 @@ class Group:
         min_coeff: float = 0.01,
         max_coeff: float = 10.0,
         eps_inside_sqrt: bool = False,
+        standard_newton_schulz: bool = False,
     ) -> None: ...
 
 class UnitView:
@@ -194,7 +196,7 @@ class Client:
         modules: Sequence[ModuleInfo],
         parameters: Sequence[ParameterInfo],
         groups: Sequence[
-            Literal["adam", "lion", "adagrad", "sgd", "sgd_momentum", "lamb"]
+            Literal["adam", "lion", "adagrad", "sgd", "sgd_momentum", "lamb", "muon"]
         ] = (),
         config: str = "{}",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",

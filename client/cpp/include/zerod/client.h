@@ -32,6 +32,7 @@ enum class OptimizerKind {
   kSgd = 4,
   kSgdMomentum = 5,
   kLamb = 6,
+  kMuon = 7,  // of parameters of 2 or 4 dimensions
 };
 
 struct ModuleInfo {
@@ -101,6 +102,7 @@ struct Group {
   double min_coeff = 0.01;  // LAMB
   double max_coeff = 10;    // LAMB
   bool eps_inside_sqrt = false;  // LAMB
+  bool standard_newton_schulz = false;  // Muon
 };
 struct StepRequest {
   double max_norm = 0;
