@@ -312,6 +312,7 @@ struct Config {
     uint64_t staging_bytes = 0;                 // node_sum, per client; 0: two of the largest unit
     std::string job;  // job id, [A-Za-z0-9._-]{1,128}; empty: ZEROD_JOB and so on
     std::string unused_parameters = "torch";   // "torch": not updated; "zero": DeepSpeed's
+    std::optional<std::string> restart;  // "replay", "continue"; nothing: as the door says
     std::optional<bool> strict;  // unknown keys at the top are errors; nothing: as the door says
 
     friend bool operator==(const Zerod&, const Zerod&) = default;

@@ -9,7 +9,6 @@ namespace {
 using C = Config;
 
 constexpr double kSecondsMax = 1e9;  // as nanoseconds it fits 63 bits
-constexpr char kCheckpointsLater[] = "checkpoints come later";
 
 const Gate* NvmeGate() {
   static const Gate& gate = *new Gate{  // tidy: allow (never destroyed)
@@ -68,37 +67,45 @@ void AppendAioKeys(std::vector<ConfigKey>* keys) {
 
 void AppendCheckpointKeys(std::vector<ConfigKey>* keys) {
   const auto checkpoint = [keys](ConfigKey key) {
-    key.served = Served::kNotYet;
-    key.note = kCheckpointsLater;
+    if (key.served == Served::kWorks) key.served = Served::kNoMeaning;
     keys->push_back(std::move(key));
   };
-  checkpoint({.path = "checkpoint.tag_validation", .slot = SLOT(checkpoint.tag_validation),
-              .choices = {"Warn", "Ignore", "Fail"}, .any_case = true});
-  checkpoint({.path = "checkpoint.load_universal", .slot = SLOT(checkpoint.load_universal)});
-  checkpoint({.path = "checkpoint.use_node_local_storage",
+  checkpoint({.path = "checkpoint.tag_validation",
+              .note = "ranks that give different tags are refused always",
+              .slot = SLOT(checkpoint.tag_validation), .choices = {"Warn", "Ignore", "Fail"},
+              .any_case = true});
+  checkpoint({.path = "checkpoint.load_universal",
+              .note = "every checkpoint loads at any stage and on any number of ranks",
+              .slot = SLOT(checkpoint.load_universal)});
+  checkpoint({.path = "checkpoint.use_node_local_storage", .served = Served::kNotYet,
+              .note = "the nodes write into one folder that they share",
               .slot = SLOT(checkpoint.use_node_local_storage)});
   checkpoint({.path = "checkpoint.parallel_write.pipeline_stage",
+              .note = "every node writes its part always",
               .slot = SLOT(checkpoint.parallel_write_pipeline_stage)});
   checkpoint({.path = "checkpoint.checkpoint_serialization",
+              .note = "files are safetensors: docs/formats/checkpoint.md",
               .slot = SLOT(checkpoint.serialization)});
-  checkpoint({.path = "checkpoint.writer.type", .slot = SLOT(checkpoint.writer_type),
-              .choices = {"mock", "python", "FAST"}});
-  checkpoint({.path = "checkpoint.writer.io_buffer_size",
+  const char* const writer = "there is one writer";
+  checkpoint({.path = "checkpoint.writer.type", .note = writer,
+              .slot = SLOT(checkpoint.writer_type), .choices = {"mock", "python", "FAST"}});
+  checkpoint({.path = "checkpoint.writer.io_buffer_size", .note = writer,
               .slot = SLOT(checkpoint.writer_io_buffer_size), .min = 1, .max = kCountMax,
               .gate = WriterGate()});
-  checkpoint({.path = "checkpoint.writer.io_buffer_double",
+  checkpoint({.path = "checkpoint.writer.io_buffer_double", .note = writer,
               .slot = SLOT(checkpoint.writer_io_buffer_double), .gate = WriterGate()});
-  checkpoint({.path = "checkpoint.writer.show_statistics",
+  checkpoint({.path = "checkpoint.writer.show_statistics", .note = writer,
               .slot = SLOT(checkpoint.writer_show_statistics), .gate = WriterGate()});
-  checkpoint({.path = "checkpoint.writer.data_parallel",
+  checkpoint({.path = "checkpoint.writer.data_parallel", .note = writer,
               .slot = SLOT(checkpoint.writer_data_parallel),
               .choices = {"replica", "socket", "machine"}, .gate = WriterGate()});
-  checkpoint({.path = "checkpoint.writer.decoupled", .slot = SLOT(checkpoint.writer_decoupled),
-              .gate = WriterGate()});
-  checkpoint({.path = "checkpoint.writer.io_multiplier",
+  checkpoint({.path = "checkpoint.writer.decoupled", .note = writer,
+              .slot = SLOT(checkpoint.writer_decoupled), .gate = WriterGate()});
+  checkpoint({.path = "checkpoint.writer.io_multiplier", .note = writer,
               .slot = SLOT(checkpoint.writer_io_multiplier), .min = 1, .max = kCountMax,
               .gate = WriterGate()});
-  checkpoint({.path = "datastates_ckpt"});
+  checkpoint({.path = "datastates_ckpt", .served = Served::kNotYet,
+              .note = "snapshots behind the training come later"});
 }
 
 void AppendLogKeys(std::vector<ConfigKey>* keys) {
@@ -217,6 +224,11 @@ void AppendZerodKeys(std::vector<ConfigKey>* keys) {
       {.path = "zerod.unused_parameters",
        .note = "without a gradient on any rank. torch: not updated; zero: as with a gradient of 0",
        .slot = SLOT(zerod.unused_parameters), .choices = {"torch", "zero"}},
+      {.path = "zerod.restart",
+       .note = "a job that is there already. replay: the script is let run up to where it stands; "
+               "continue: it asks engine.resumed_step. null: replay for scripts that were written "
+               "for DeepSpeed",
+       .slot = SLOT(zerod.restart), .choices = {"replay", "continue"}},
       {.path = "zerod.strict",
        .note = "whether unknown keys at the top are errors; null: unless the file came through a "
                "door made for DeepSpeed's",

@@ -78,10 +78,13 @@ class Run:
     """One run of one system: `ranks` processes over the network's nodes, daemons for zerod."""
 
     def __init__(self, network: Network, system: str, ranks: int, arguments: list[str],
-                 worker_threads: int = 0):
+                 worker_threads: int = 0, worker: Path = WORKER, python: str = sys.executable,
+                 extra: dict[str, str] | None = None):
+        """`worker`, run by `python` with the variables `extra`, speaks as worker.py does."""
         self.network, self.system, self.ranks = network, system, ranks
         self.arguments = arguments
         self.worker_threads = worker_threads
+        self.worker, self.python, self.extra = worker, python, extra or {}
         self.folder = Path(tempfile.mkdtemp(prefix="zerod-bench-"))
         self.daemons: list[subprocess.Popen] = []
         self.workers: list[subprocess.Popen] = []
@@ -109,7 +112,7 @@ class Run:
                            MASTER_ADDR=self.network.addresses[0], MASTER_PORT=str(free_port()),
                            WORLD_SIZE=str(self.ranks), LOCAL_WORLD_SIZE=str(per_node),
                            OMP_NUM_THREADS="1", ZEROD_JOB=f"bench-{secrets.token_hex(4)}",
-                           ZEROD_JOB_TOKEN=secrets.token_hex(16))
+                           ZEROD_JOB_TOKEN=secrets.token_hex(16)) | self.extra
         if self.system == "zerod":
             self._start_daemons(nodes, environment)
         for rank in range(self.ranks):
@@ -119,7 +122,7 @@ class Run:
             if self.system == "zerod":
                 env["ZEROD_ADDRESS"] = f"unix:{self.folder}/node{node}/zerod.sock"
             command = ["ip", "netns", "exec", self.network.names[node], *pinned(rank % cpus),
-                       sys.executable, str(WORKER), "--system", self.system, *self.arguments]
+                       self.python, str(self.worker), "--system", self.system, *self.arguments]
             log = open(self.folder / f"rank{rank}.log", "w")
             self.workers.append(subprocess.Popen(
                 command, env=env, stdout=subprocess.PIPE if rank == 0 else log, stderr=log,

@@ -61,9 +61,12 @@ class ClientImpl final : public Client {
   absl::Status EndMicroStep() override;
   absl::Status Reclaim(uint32_t unit) override;
   absl::StatusOr<StepResult> Step(const StepRequest& request) override;
-  absl::Status Put(uint32_t unit, uint64_t begin, const float* values, uint64_t count) override;
+  absl::Status Put(uint32_t unit, uint64_t begin, const float* values, uint64_t count,
+                   StateKind kind) override;
   absl::Status Read(uint32_t unit, uint64_t begin, float* values, uint64_t count,
                     StateKind kind) override;
+  absl::StatusOr<OptimizerProgress> ReadProgress() override;
+  absl::Status Restore(const OptimizerProgress& progress) override;
   absl::StatusOr<std::vector<double>> AllReduce(const std::vector<double>& values,
                                                 ScalarOp op) override;
   absl::StatusOr<std::string> ClientState() override;
@@ -93,6 +96,9 @@ class ClientImpl final : public Client {
   absl::Status MapResident();
   // PUT and READ, one piece of the transfer area at a time.
   absl::Status Exchange(shm::SubmitEntry entry, const float* in, float* out);
+  absl::Status CheckProgressFits() const;
+  // Turn::kTransfer held: sends the request and waits, until an interrupt leaves it behind.
+  absl::Status Transfer(const shm::SubmitEntry& entry, absl::string_view what);
   // Waits for an operation that an interrupt left behind, if there is one.
   absl::Status Settle(uint64_t* left_behind, absl::string_view what);
   absl::Status PostStep(const StepRequest& request);

@@ -165,7 +165,15 @@ absl::StatusOr<StepResult> ClientImpl::Step(const StepRequest& request) {
   return result;
 }
 
-// --- Put, Read, AllReduce ---------------------------------------------------------------------
+// --- Put, Read, Restore, AllReduce ------------------------------------------------------------
+
+absl::Status ClientImpl::Transfer(const shm::SubmitEntry& entry, absl::string_view what) {
+  ASSIGN_OR_RETURN(transfer_left_behind_, requests_->Post(entry));
+  absl::StatusOr<Requests::Answer> answer = requests_->Wait(transfer_left_behind_, what);
+  if (!answer.ok() && absl::IsCancelled(answer.status())) return answer.status();
+  transfer_left_behind_ = 0;
+  return answer.ok() ? answer->status : answer.status();
+}
 
 absl::Status ClientImpl::Exchange(shm::SubmitEntry entry, const float* in, float* out) {
   RETURN_IF_ERROR(requests_->Acquire(Requests::Turn::kTransfer, "another thread's transfer"));
@@ -177,14 +185,8 @@ absl::Status ClientImpl::Exchange(shm::SubmitEntry entry, const float* in, float
   while (left > 0) {
     entry.arg1 = std::min(left, room);
     if (in != nullptr) memcpy(area, in, entry.arg1 * sizeof(float));
-    ASSIGN_OR_RETURN(transfer_left_behind_, requests_->Post(entry));
-    absl::StatusOr<Requests::Answer> answer =
-        requests_->Wait(transfer_left_behind_, in != nullptr ? "a write of parameters"
-                                                             : "a read of parameters");
-    if (!answer.ok() && absl::IsCancelled(answer.status())) return answer.status();
-    transfer_left_behind_ = 0;
-    if (!answer.ok()) return answer.status();
-    RETURN_IF_ERROR(answer->status);
+    RETURN_IF_ERROR(
+        Transfer(entry, in != nullptr ? "a write of parameters" : "a read of parameters"));
     if (out != nullptr) memcpy(out, area, entry.arg1 * sizeof(float));
     if (in != nullptr) in += entry.arg1;
     if (out != nullptr) out += entry.arg1;
@@ -194,14 +196,16 @@ absl::Status ClientImpl::Exchange(shm::SubmitEntry entry, const float* in, float
   return absl::OkStatus();
 }
 
-absl::Status ClientImpl::Put(uint32_t unit, uint64_t begin, const float* values, uint64_t count) {
+absl::Status ClientImpl::Put(uint32_t unit, uint64_t begin, const float* values, uint64_t count,
+                             StateKind kind) {
   RETURN_IF_ERROR(CheckRange(unit, begin, count));
-  if (Held(unit)) {
+  if (kind == StateKind::kMaster && Held(unit)) {
     return absl::FailedPreconditionError(absl::StrCat(
         "unit '", units_[unit].name, "' is gathered; release it before it is written"));
   }
   shm::SubmitEntry entry{};
   entry.op = shm::Op::kPut;
+  entry.flags = static_cast<uint16_t>(kind);
   entry.unit = unit;
   entry.step = step();
   entry.arg0 = begin;
@@ -220,6 +224,71 @@ absl::Status ClientImpl::Read(uint32_t unit, uint64_t begin, float* values, uint
   entry.arg0 = begin;
   entry.arg1 = count;
   return Exchange(entry, nullptr, values);
+}
+
+absl::Status ClientImpl::CheckProgressFits() const {
+  RETURN_IF_ERROR(CheckUsable());
+  const uint64_t bytes = shm::ProgressBytes(plan().parameters.size());
+  if (bytes <= plan().blob_offset) return absl::OkStatus();
+  return absl::ResourceExhaustedError(
+      absl::StrCat("the steps of ", plan().parameters.size(), " parameters take ", bytes,
+                   " bytes, one transfer has ", plan().blob_offset));
+}
+
+absl::StatusOr<OptimizerProgress> ClientImpl::ReadProgress() {
+  RETURN_IF_ERROR(CheckProgressFits());
+  RETURN_IF_ERROR(requests_->Acquire(Requests::Turn::kTransfer, "another thread's transfer"));
+  TurnHolder turn(requests_.get(), Requests::Turn::kTransfer);
+  RETURN_IF_ERROR(Settle(&transfer_left_behind_, "an earlier transfer"));
+  shm::SubmitEntry entry{};
+  entry.op = shm::Op::kReadProgress;
+  entry.step = step();
+  entry.arg0 = plan().parameters.size();
+  RETURN_IF_ERROR(Transfer(entry, "the optimizer's counts"));
+  shm::ProgressRecord record;
+  memcpy(&record, transfer_file_.data(), sizeof(record));
+  const auto* steps = At<const uint64_t>(transfer_file_, sizeof(record));
+  OptimizerProgress progress;
+  for (const ParameterPlan& p : plan().parameters) {
+    progress.parameter_steps.push_back(steps[p.touched]);
+  }
+  if (record.has_loss_scaler != 0) {
+    progress.loss_scaler = {record.scale, record.iterations, record.last_overflow,
+                            record.hysteresis};
+  }
+  return progress;
+}
+
+absl::Status ClientImpl::Restore(const OptimizerProgress& progress) {
+  RETURN_IF_ERROR(CheckProgressFits());
+  if (progress.parameter_steps.size() != plan().parameters.size()) {
+    return absl::InvalidArgumentError(absl::StrCat(progress.parameter_steps.size(),
+                                                   " parameters' steps to restore, the job has ",
+                                                   plan().parameters.size()));
+  }
+  RETURN_IF_ERROR(requests_->Acquire(Requests::Turn::kTransfer, "another thread's transfer"));
+  TurnHolder turn(requests_.get(), Requests::Turn::kTransfer);
+  RETURN_IF_ERROR(Settle(&transfer_left_behind_, "an earlier transfer"));
+  shm::ProgressRecord record{};
+  if (progress.loss_scaler.has_value()) {
+    record.has_loss_scaler = 1;
+    record.scale = progress.loss_scaler->scale;
+    record.iterations = progress.loss_scaler->iterations;
+    record.last_overflow = progress.loss_scaler->last_overflow;
+    record.hysteresis = progress.loss_scaler->hysteresis;
+  }
+  memcpy(transfer_file_.data(), &record, sizeof(record));
+  auto* steps = At<uint64_t>(transfer_file_, sizeof(record));
+  for (size_t i = 0; i < progress.parameter_steps.size(); ++i) {
+    steps[plan().parameters[i].touched] = progress.parameter_steps[i];
+  }
+  shm::SubmitEntry entry{};
+  entry.op = shm::Op::kRestore;
+  entry.step = step();
+  entry.arg0 = progress.parameter_steps.size();
+  RETURN_IF_ERROR(Transfer(entry, "the other ranks' restore"));
+  loss_scale_.store(complete()->loss_scale, std::memory_order_relaxed);
+  return absl::OkStatus();
 }
 
 absl::StatusOr<std::vector<double>> ClientImpl::AllReduce(const std::vector<double>& values,

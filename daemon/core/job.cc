@@ -20,10 +20,11 @@ Job::Job(JobSpec spec, WindowPort* window)
   CHECK(spec_.members >= 1 && spec_.members <= kMembersMax && spec_.self < spec_.members);
   slots_.resize(spec_.local_world);
   units_.resize(units);
-  parameter_steps_.resize(spec_.layout->parameters().size(), 0);
+  progress_.parameter_steps.resize(spec_.layout->parameters().size(), 0);
   left_.resize(spec_.world, false);
   if (spec_.loss_scale.has_value()) {
-    step_result_.next_loss_scale = LossScaler(*spec_.loss_scale).scale();
+    progress_.loss_scaler = LossScaler(*spec_.loss_scale).state();
+    step_result_.next_loss_scale = progress_.loss_scaler->scale;
   }
   sent_seq_.resize(spec_.members, 0);
   if (spec_.self == 0) {

@@ -62,7 +62,8 @@ struct StepResult {
   bool skipped = false;
   double next_loss_scale = 1;
 };
-// Answers a request of a client. `scalar` and `step` are set where the request was one.
+// Answers a request of a client. The optional fields are set where the request was one that asks
+// for them.
 struct Complete {
   SlotIndex slot = 0;
   uint64_t cookie = 0;
@@ -70,6 +71,8 @@ struct Complete {
   uint64_t result = 0;
   std::optional<ScalarValues> scalar;
   std::optional<StepResult> step;
+  std::optional<double> loss_scale;           // RESTORE: of the next step
+  std::optional<OptimizerProgress> progress;  // READ_PROGRESS
 };
 // Every request of this attachment, now and later, fails with `status`.
 struct FailSlot {
@@ -152,7 +155,7 @@ struct StartMeasure {
   std::shared_ptr<const ApplyPlan> plan;  // without squares
 };
 // The origin's client has the values in its transfer area; each member that keeps some of them
-// (owners; every member for a resident unit) stores them. Then OnEntryDone.
+// (owners; of weights every member for a resident unit) stores them. Then OnEntryDone.
 struct StartPut {
   uint64_t seq = 0;
   UnitIndex unit = 0;
@@ -160,6 +163,7 @@ struct StartPut {
   SlotIndex slot = 0;
   uint64_t begin = 0;
   uint64_t count = 0;
+  StateKind kind = StateKind::kMaster;
 };
 // Owners send their part; the origin puts it into its client's transfer area. Then OnEntryDone.
 struct StartRead {
@@ -210,10 +214,16 @@ class Job {
   // `trace`: the units this client gathered in this step, in order (checked here).
   void OnStep(SlotIndex slot, uint64_t cookie, Step step, const HyperParameters& hyper,
               const std::vector<UnitIndex>& trace);
-  void OnPut(SlotIndex slot, uint64_t cookie, UnitIndex unit, uint64_t begin, uint64_t count);
+  // Copies of the weights stay valid where it is another kind of state that is written.
+  void OnPut(SlotIndex slot, uint64_t cookie, UnitIndex unit, uint64_t begin, uint64_t count,
+             StateKind kind);
   void OnRead(SlotIndex slot, uint64_t cookie, UnitIndex unit, uint64_t begin, uint64_t count,
               StateKind kind);
   void OnScalar(SlotIndex slot, uint64_t cookie, const ScalarValues& values);
+  // The answer has the progress as of what this member has started of the log.
+  void OnReadProgress(SlotIndex slot, uint64_t cookie);
+  // Every client's, with equal contents, between steps.
+  void OnRestore(SlotIndex slot, uint64_t cookie, const OptimizerProgress& progress);
   void OnDetach(SlotIndex slot, uint64_t cookie);
 
   // --- Other members.
@@ -246,6 +256,7 @@ class Job {
   uint64_t applied() const { return applied_; }
   // Of the committed step; before the first only `next_loss_scale` has a meaning.
   const StepResult& last_step() const { return step_result_; }
+  const OptimizerProgress& progress() const { return progress_; }
   const JobSpec& spec() const { return spec_; }
   // True where the unit's copy is written by the optimizer itself: one member, or stage 0.
   bool ValidAfterApply(UnitIndex u) const;
@@ -280,6 +291,7 @@ class Job {
     bool reported = false;
     std::vector<std::optional<ScalarValues>> values;  // per slot
     std::vector<Waiter> waiters;
+    OptimizerProgress restore;  // member 0: of the last RESTORE among the values
   };
   struct Staged {  // node_sum: a gradient that is not in the accumulator yet
     SlotIndex slot = 0;
@@ -317,7 +329,10 @@ class Job {
   bool Attached(SlotIndex slot) const;
   absl::Status CheckUnitAndStep(UnitIndex unit, Step step) const;
   absl::Status CheckRange(UnitIndex unit, uint64_t begin, uint64_t count) const;
+  absl::Status CheckState(UnitIndex unit, uint64_t begin, uint64_t count, StateKind kind) const;
+  absl::Status CheckRestore(const OptimizerProgress& progress) const;
   absl::Status MissingRank() const;
+  ScalarWait& PostScalar(Waiter waiter, const ScalarValues& values);
   void Answer(Waiter waiter, absl::Status status, uint64_t result = 0);
   void AnswerAll(std::vector<Waiter>* waiters, const absl::Status& status, uint64_t result = 0);
   void MaybeReportGradients(UnitIndex unit);
@@ -356,8 +371,11 @@ class Job {
   void ApplyCommitted(const Entry& e);
   void StartTensorNorms(const Entry& e);
   void StartGeneration(const Entry& e);
+  void StartPutOrRead(const Entry& e);
   void StartScalar(const Entry& e);
+  void StartRestore(const Entry& e);
   void StartLeave(const Entry& e);
+  bool Names(const Entry& e) const;
   void FinishEntry(const Entry& e);
   void MaybeFinishStep();
   void ResetStep();
@@ -382,7 +400,7 @@ class Job {
   bool connected_ = false;
   Step committed_ = 0;  // COMMIT started
   uint64_t applied_ = 0;
-  std::vector<uint64_t> parameter_steps_;
+  OptimizerProgress progress_;
   std::vector<Slot> slots_;
   std::vector<UnitState> units_;
   std::deque<UnitIndex> room_queue_;  // demands that wait for a copy on its way

@@ -309,25 +309,38 @@ void Job::MaybeReportStep() {
 
 // --- State in and out, scalars, leaving --------------------------------------------------------
 
-void Job::OnPut(SlotIndex slot, uint64_t cookie, UnitIndex unit, uint64_t begin, uint64_t count) {
-  if (!Attached(slot)) return;
-  absl::Status status = CheckUnitAndStep(unit, committed_ + 1);
-  if (status.ok()) status = CheckRange(unit, begin, count);
-  if (!status.ok()) return Answer({slot, cookie}, status);
-  requests_.push_back({slot, cookie});
-  Tell(StateRequest{/*put=*/true, slot, unit, begin, count, StateKind::kMaster});
-  Pump();
-}
-
-void Job::OnRead(SlotIndex slot, uint64_t cookie, UnitIndex unit, uint64_t begin, uint64_t count,
-                 StateKind kind) {
-  if (!Attached(slot)) return;
+absl::Status Job::CheckState(UnitIndex unit, uint64_t begin, uint64_t count,
+                             StateKind kind) const {
   absl::Status status = CheckUnitAndStep(unit, committed_ + 1);
   if (status.ok()) status = CheckRange(unit, begin, count);
   if (status.ok() && static_cast<uint32_t>(kind) > spec_.layout->state_tensors()) {
     status = absl::InvalidArgumentError(absl::StrCat(
         "the job's optimizer keeps ", spec_.layout->state_tensors(), " tensors of state"));
   }
+  return status;
+}
+
+void Job::OnPut(SlotIndex slot, uint64_t cookie, UnitIndex unit, uint64_t begin, uint64_t count,
+                StateKind kind) {
+  if (!Attached(slot)) return;
+  absl::Status status = CheckState(unit, begin, count, kind);
+  if (status.ok() && kind != StateKind::kMaster &&
+      begin + count > spec_.layout->units()[unit].trainable_elements) {
+    status = absl::InvalidArgumentError(absl::StrCat(
+        "optimizer state for the elements [", begin, ", +", count, ") of unit ", unit,
+        ", of which only the first ", spec_.layout->units()[unit].trainable_elements,
+        " are trained"));
+  }
+  if (!status.ok()) return Answer({slot, cookie}, status);
+  requests_.push_back({slot, cookie});
+  Tell(StateRequest{/*put=*/true, slot, unit, begin, count, kind});
+  Pump();
+}
+
+void Job::OnRead(SlotIndex slot, uint64_t cookie, UnitIndex unit, uint64_t begin, uint64_t count,
+                 StateKind kind) {
+  if (!Attached(slot)) return;
+  const absl::Status status = CheckState(unit, begin, count, kind);
   if (!status.ok()) return Answer({slot, cookie}, status);
   requests_.push_back({slot, cookie});
   Tell(StateRequest{/*put=*/false, slot, unit, begin, count, kind});
@@ -341,7 +354,13 @@ void Job::OnScalar(SlotIndex slot, uint64_t cookie, const ScalarValues& values) 
     status = absl::InvalidArgumentError("too many values, or no such operation");
   }
   if (!status.ok()) return Answer({slot, cookie}, status);
-  const uint64_t ordinal = ++slots_[slot].scalars;
+  PostScalar({slot, cookie}, values);
+  MaybeReportScalars();
+  Pump();
+}
+
+Job::ScalarWait& Job::PostScalar(Waiter waiter, const ScalarValues& values) {
+  const uint64_t ordinal = ++slots_[waiter.slot].scalars;
   auto wait = std::find_if(scalars_.begin(), scalars_.end(),
                            [&](const ScalarWait& w) { return w.ordinal == ordinal; });
   if (wait == scalars_.end()) {
@@ -350,8 +369,47 @@ void Job::OnScalar(SlotIndex slot, uint64_t cookie, const ScalarValues& values) 
     wait->ordinal = ordinal;
     wait->values.resize(slots_.size());
   }
-  wait->values[slot] = values;
-  wait->waiters.push_back({slot, cookie});
+  wait->values[waiter.slot] = values;
+  wait->waiters.push_back(waiter);
+  return *wait;
+}
+
+void Job::OnReadProgress(SlotIndex slot, uint64_t cookie) {
+  if (!Attached(slot)) return;
+  Complete c;
+  c.slot = slot;
+  c.cookie = cookie;
+  c.progress = progress_;
+  Emit(std::move(c));
+}
+
+absl::Status Job::CheckRestore(const OptimizerProgress& progress) const {
+  absl::Status status = CheckProgress(progress, spec_.layout->parameters().size(),
+                                      spec_.loss_scale.has_value());
+  if (status.ok() && progress.loss_scaler.has_value()) {
+    status = LossScaler::CheckRestore(*spec_.loss_scale, *progress.loss_scaler);
+  }
+  return status;
+}
+
+void Job::OnRestore(SlotIndex slot, uint64_t cookie, const OptimizerProgress& progress) {
+  if (!Attached(slot)) return;
+  const Slot& s = slots_[slot];
+  absl::Status status = MissingRank();
+  if (status.ok()) status = CheckRestore(progress);
+  // They were made with the loss scale of now.
+  const bool underway =
+      s.stepped || std::any_of(s.marks.begin(), s.marks.end(), [](uint8_t m) { return m != 0; }) ||
+      std::find(s.unmarked.begin(), s.unmarked.end(), true) != s.unmarked.end();
+  if (status.ok() && underway) {
+    status = absl::FailedPreconditionError(
+        "RESTORE in the midst of a step: gradients have been handed over; restore after step()");
+  }
+  if (!status.ok()) return Answer({slot, cookie}, status);
+  ScalarValues values;
+  values.restore = progress.Hash();
+  ScalarWait& wait = PostScalar({slot, cookie}, values);
+  if (sequencer_ != nullptr) wait.restore = progress;
   MaybeReportScalars();
   Pump();
 }
@@ -369,6 +427,7 @@ void Job::MaybeReportScalars() {
       ready.values.push_back(*w.values[i]);
     }
     w.reported = true;
+    ready.restore = w.restore;
     Tell(std::move(ready));
   }
 }

@@ -12,15 +12,27 @@
 
 namespace zerod::core {
 
+// False where the entry speaks of what is not there.
+bool Job::Names(const Entry& e) const {
+  if (e.kind < EntryKind::kStart || e.kind > kEntryKindLast || e.unit >= units_.size() ||
+      e.rank >= spec_.world || e.origin >= spec_.members ||
+      !CheckRange(e.unit, e.begin, e.count).ok() ||
+      static_cast<uint32_t>(e.state_kind) > spec_.layout->state_tensors()) {
+    return false;
+  }
+  if (e.kind == EntryKind::kCommit) {
+    return e.decision.touched.size() == progress_.parameter_steps.size();
+  }
+  if (e.kind == EntryKind::kTensorNorms) {
+    return measured_plan_ != nullptr && measuring_ == 0 && e.step == committed_ &&
+           e.squares.size() == progress_.parameter_steps.size();
+  }
+  return e.kind != EntryKind::kRestore || CheckRestore(e.restore).ok();
+}
+
 absl::Status Job::AppendEntries(const std::vector<Entry>& entries) {
   for (const Entry& e : entries) {
-    const bool known = e.kind >= EntryKind::kStart && e.kind <= EntryKind::kTensorNorms;
-    if (e.seq != next_seq_ || !known || e.unit >= units_.size() || e.rank >= spec_.world ||
-        e.origin >= spec_.members || !CheckRange(e.unit, e.begin, e.count).ok() ||
-        (e.kind == EntryKind::kCommit && e.decision.touched.size() != parameter_steps_.size()) ||
-        (e.kind == EntryKind::kTensorNorms &&
-         (measured_plan_ == nullptr || measuring_ != 0 || e.step != committed_ ||
-          e.squares.size() != parameter_steps_.size()))) {
+    if (e.seq != next_seq_ || !Names(e)) {
       return absl::InternalError(absl::StrCat("the log has entry ", e.seq, " where ", next_seq_,
                                               " is next, or names what is not there"));
     }
@@ -45,6 +57,7 @@ bool Job::CanStart(const Entry& e) const {
     case EntryKind::kStart:
       return true;
     case EntryKind::kScalar:
+    case EntryKind::kRestore:
       // Behind a barrier everyone reads what was PUT before it, resident units without asking.
       return std::none_of(running_.begin(), running_.end(),
                           [](const auto& r) { return r.second.kind == EntryKind::kPut; });
@@ -85,12 +98,15 @@ void Job::Start(const Entry& e) {
     case EntryKind::kCommit: return StartCommit(e);
     case EntryKind::kTensorNorms: return StartTensorNorms(e);
     case EntryKind::kScalar: return StartScalar(e);
+    case EntryKind::kRestore: return StartRestore(e);
     case EntryKind::kLeave: return StartLeave(e);
     case EntryKind::kGeneration: return StartGeneration(e);
     case EntryKind::kPut:
-    case EntryKind::kRead:
-      break;
+    case EntryKind::kRead: return StartPutOrRead(e);
   }
+}
+
+void Job::StartPutOrRead(const Entry& e) {
   UnitState& u = units_[e.unit];
   running_.emplace(e.seq, e);
   ++u.exchanges;
@@ -102,12 +118,14 @@ void Job::Start(const Entry& e) {
     return Emit(StartRead{e.seq, e.unit, e.origin, e.slot, e.begin, e.count, e.state_kind});
   }
   u.writing = true;
-  if (window_.resident(e.unit)) {
+  if (e.state_kind != StateKind::kMaster) {
+    // The weights' copies stay as they are.
+  } else if (window_.resident(e.unit)) {
     window_.Retract(e.unit, /*refill=*/true);
   } else if (window_.copy(e.unit) == Window::Copy::kValid) {
     window_.Retract(e.unit, /*refill=*/false);
   }
-  Emit(StartPut{e.seq, e.unit, e.origin, e.slot, e.begin, e.count});
+  Emit(StartPut{e.seq, e.unit, e.origin, e.slot, e.begin, e.count, e.state_kind});
 }
 
 void Job::StartFirst(const Entry&) {
@@ -183,7 +201,9 @@ void Job::FinishEntry(const Entry& e) {
   }
   if (e.kind == EntryKind::kPut) {
     u.writing = false;
-    if (window_.resident(e.unit)) PublishCopy(e.unit, committed_);
+    if (e.state_kind == StateKind::kMaster && window_.resident(e.unit)) {
+      PublishCopy(e.unit, committed_);
+    }
   }
   auto waiter = exchange_waiters_.find(e.seq);
   if (waiter == exchange_waiters_.end()) return;
@@ -194,7 +214,7 @@ void Job::FinishEntry(const Entry& e) {
 void Job::OnNormDone(Step step, NormPart part) {
   if (state_ == JobState::kFailed || state_ == JobState::kEnded || !norm_running_) return;
   norm_running_ = false;
-  part.touched.assign(parameter_steps_.size(), false);
+  part.touched.assign(progress_.parameter_steps.size(), false);
   for (UnitIndex u = 0; u < units_.size(); ++u) {
     const std::vector<uint32_t>& parameters = spec_.layout->units()[u].parameters;
     for (size_t i = 0; i < parameters.size(); ++i) {
@@ -212,6 +232,7 @@ void Job::OnNormDone(Step step, NormPart part) {
 
 void Job::StartCommit(const Entry& e) {
   const Decision& d = e.decision;
+  if (spec_.loss_scale.has_value()) progress_.loss_scaler = d.loss_scaler;
   if (d.kind == Decision::Kind::kRefuse) {
     for (SlotIndex i = 0; i < slots_.size(); ++i) {
       if (slots_[i].stepped) {
@@ -246,18 +267,18 @@ void Job::ApplyCommitted(const Entry& e) {
   plan->step = e.step;
   plan->decision = e.decision;
   std::vector<bool> touched(units_.size(), false);
-  const size_t parameters =
-      e.decision.kind == Decision::Kind::kApply ? parameter_steps_.size() : 0;
+  std::vector<uint64_t>& steps = progress_.parameter_steps;
+  const size_t parameters = e.decision.kind == Decision::Kind::kApply ? steps.size() : 0;
   for (size_t p = 0; p < parameters; ++p) {
     if (!e.decision.touched[p]) continue;
-    ++parameter_steps_[p];
+    ++steps[p];
     const Parameter& parameter = spec_.layout->parameters()[p];
     touched[parameter.unit] = true;
     if (!ByTensor(spec_.layout->optimizer(parameter.group))) continue;
     units_[parameter.unit].by_tensor = true;
     measured_plan_ = plan;
   }
-  plan->parameter_steps = parameter_steps_;
+  plan->parameter_steps = steps;
   for (UnitIndex i = 0; i < units_.size(); ++i) {
     UnitState& u = units_[i];
     u.forecast = false;
@@ -381,6 +402,27 @@ void Job::StartScalar(const Entry& e) {
     } else {
       c.scalar = e.scalar;
     }
+    Emit(std::move(c));
+  }
+  scalars_.erase(wait);
+}
+
+// All members do it at the same place of the log, so that they agree, whatever follows.
+void Job::StartRestore(const Entry& e) {
+  progress_.parameter_steps = e.restore.parameter_steps;
+  if (e.restore.loss_scaler.has_value()) {
+    progress_.loss_scaler = e.restore.loss_scaler;
+    step_result_.next_loss_scale = e.restore.loss_scaler->scale;
+  }
+  auto wait = std::find_if(scalars_.begin(), scalars_.end(),
+                           [&](const ScalarWait& w) { return w.ordinal == e.ordinal; });
+  if (wait == scalars_.end()) return;
+  for (const Waiter& w : wait->waiters) {
+    if (!Attached(w.slot)) continue;
+    Complete c;
+    c.slot = w.slot;
+    c.cookie = w.cookie;
+    c.loss_scale = step_result_.next_loss_scale;
     Emit(std::move(c));
   }
   scalars_.erase(wait);

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "absl/status/status.h"
+#include "daemon/core/types.h"
 
 namespace zerod::core {
 
@@ -29,7 +30,12 @@ class LossScaler {
   explicit LossScaler(const LossScaleSpec& spec);
 
   // What the step under way is scaled by.
-  double scale() const { return scale_; }
+  double scale() const { return state_.scale; }
+  const LossScalerState& state() const { return state_; }
+  // Goes on as the scaler did that was in this state. INVALID_ARGUMENT where the spec's scale is
+  // constant and another one is asked for. REQUIRES: CheckProgress found nothing wrong with it.
+  static absl::Status CheckRestore(const LossScaleSpec& spec, const LossScalerState& state);
+  void Restore(const LossScalerState& state) { state_ = state; }
 
   // A step was attempted. FAILED_PRECONDITION where it overflowed at the smallest scale, which
   // cannot be lowered any more: the training has diverged (LossScaleSpec::fails_at_min).
@@ -37,9 +43,7 @@ class LossScaler {
 
  private:
   LossScaleSpec spec_;
-  double scale_ = 1;
-  uint64_t hysteresis_ = 1;  // overflows left to bear, and the one that halves
-  uint64_t good_ = 0;        // steps since the last overflow, or the beginning
+  LossScalerState state_;
 };
 
 }  // namespace zerod::core

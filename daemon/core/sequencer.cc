@@ -19,6 +19,28 @@ absl::Status BadMessage(MemberIndex from, const std::string& what) {
                                           what, ". Please report this; the job cannot go on"));
 }
 
+// Why the ranks' calls of one ordinal cannot be answered; empty where they can.
+std::string Differ(Rank first_rank, const ScalarValues& first, Rank rank,
+                   const ScalarValues& values) {
+  if (values.restore.has_value() && first.restore.has_value()) {
+    if (*values.restore == *first.restore) return "";
+    return absl::StrCat("the ranks ", first_rank, " and ", rank, " restore different steps of the "
+                        "parameters or another loss scale: give every rank the same, of the same "
+                        "checkpoint");
+  }
+  if (values.restore.has_value() || first.restore.has_value()) {
+    const bool earlier = first.restore.has_value();
+    return absl::StrCat("rank ", earlier ? first_rank : rank, " calls restore where rank ",
+                        earlier ? rank : first_rank, " calls all_reduce or barrier: all ranks must "
+                        "make the same calls in the same order");
+  }
+  if (values.op == first.op && values.values.size() == first.values.size()) return "";
+  return absl::StrCat("rank ", rank, " calls all_reduce or barrier with ", values.values.size(),
+                      " values where rank ", first_rank, " has ", first.values.size(),
+                      " or another operation: all ranks must make the same calls in the same "
+                      "order");
+}
+
 double Combine(ScalarOp op, double a, double b) {
   switch (op) {
     case ScalarOp::kSum:
@@ -142,6 +164,9 @@ absl::Status Sequencer::OnItem(MemberIndex from, const ReportItem& item, std::ve
   }
   const StateRequest& r = std::get<StateRequest>(item);
   RETURN_IF_ERROR(CheckRange(r.unit, r.begin, r.count));
+  if (static_cast<uint32_t>(r.kind) > spec_->layout->state_tensors()) {
+    return BadMessage(from, "a tensor of state beyond the layout's");
+  }
   Entry& e = Add(r.put ? EntryKind::kPut : EntryKind::kRead, out);
   e.origin = from;
   e.slot = r.slot;
@@ -431,6 +456,7 @@ std::string Sequencer::Untouched(const std::vector<bool>& touched) const {
 
 void Sequencer::Commit(Decision decision, std::vector<Entry>* out) {
   const Decision::Kind kind = decision.kind;
+  if (loss_scaler_.has_value()) decision.loss_scaler = loss_scaler_->state();
   const std::vector<bool> touched = decision.touched;
   Entry& e = Add(EntryKind::kCommit, out);
   e.step = committed_ + 1;
@@ -521,6 +547,7 @@ absl::Status Sequencer::OnScalar(MemberIndex from, const ScalarReady& s, std::ve
     if (!m.scalars.count(scalars_done_ + 1)) return absl::OkStatus();
   }
   ++scalars_done_;
+  OptimizerProgress restore = std::move(members_[0].scalars.at(scalars_done_).restore);
   std::map<Rank, ScalarValues> by_rank;
   for (MemberState& m : members_) {
     auto node = m.scalars.extract(scalars_done_);
@@ -528,31 +555,35 @@ absl::Status Sequencer::OnScalar(MemberIndex from, const ScalarReady& s, std::ve
       by_rank[node.mapped().ranks[i]] = node.mapped().values[i];
     }
   }
+  if (by_rank.empty()) return BadMessage(from, "a SCALAR of no rank");
   Entry& e = Add(EntryKind::kScalar, out);
   e.ordinal = scalars_done_;
-  bool first = true;
-  for (const auto& [rank, values] : by_rank) {
-    if (first) {
-      e.scalar = values;
-      first = false;
-      continue;
-    }
-    if (values.op != e.scalar.op || values.values.size() != e.scalar.values.size()) {
-      e.reason = absl::StrCat("rank ", rank, " calls all_reduce or barrier with ",
-                              values.values.size(), " values where rank ", by_rank.begin()->first,
-                              " has ", e.scalar.values.size(),
-                              " or another operation: all ranks must make the same calls in the "
-                              "same order");
-      break;
-    }
-    for (size_t i = 0; i < values.values.size(); ++i) {
-      e.scalar.values[i] = Combine(e.scalar.op, e.scalar.values[i], values.values[i]);
-    }
-  }
-  if (e.scalar.op == ScalarOp::kMean) {
-    for (double& v : e.scalar.values) v /= static_cast<double>(by_rank.size());
+  Reduce(by_rank, &e);
+  if (!e.scalar.restore.has_value()) return absl::OkStatus();
+  e.scalar = ScalarValues{};
+  if (!e.reason.empty()) return absl::OkStatus();
+  e.kind = EntryKind::kRestore;
+  e.restore = std::move(restore);
+  if (loss_scaler_.has_value() && e.restore.loss_scaler.has_value()) {
+    loss_scaler_->Restore(*e.restore.loss_scaler);
   }
   return absl::OkStatus();
+}
+
+void Sequencer::Reduce(const std::map<Rank, ScalarValues>& by_rank, Entry* e) const {
+  const auto& [first_rank, first] = *by_rank.begin();
+  e->scalar = first;
+  for (auto it = std::next(by_rank.begin()); it != by_rank.end(); ++it) {
+    const auto& [rank, values] = *it;
+    e->reason = Differ(first_rank, first, rank, values);
+    if (!e->reason.empty()) return;
+    for (size_t i = 0; i < values.values.size(); ++i) {
+      e->scalar.values[i] = Combine(e->scalar.op, e->scalar.values[i], values.values[i]);
+    }
+  }
+  if (e->scalar.op == ScalarOp::kMean) {
+    for (double& v : e->scalar.values) v /= static_cast<double>(by_rank.size());
+  }
 }
 
 }  // namespace zerod::core

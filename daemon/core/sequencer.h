@@ -58,6 +58,7 @@ class Sequencer {
   absl::Status OnNorm(MemberIndex from, const NormReady& n, std::vector<Entry>* out);
   absl::Status OnMeasured(MemberIndex from, const TensorsMeasured& t, std::vector<Entry>* out);
   absl::Status OnScalar(MemberIndex from, const ScalarReady& s, std::vector<Entry>* out);
+  void Reduce(const std::map<Rank, ScalarValues>& by_rank, Entry* e) const;
   void OnGone(const ClientGone& g, std::vector<Entry>* out);
   absl::Status CheckRange(UnitIndex unit, uint64_t begin, uint64_t count) const;
 

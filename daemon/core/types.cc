@@ -52,6 +52,45 @@ absl::Status CheckGroup(OptimizerKind kind, const Group& g) {
   return absl::OkStatus();
 }
 
+absl::Status CheckProgress(const OptimizerProgress& progress, size_t parameters, bool fp16) {
+  const auto refuse = [](const auto&... what) {
+    return absl::InvalidArgumentError(absl::StrCat("RESTORE of ", what...));
+  };
+  if (progress.parameter_steps.size() != parameters) {
+    return refuse(progress.parameter_steps.size(), " parameters' steps, the layout has ",
+                  parameters);
+  }
+  for (const uint64_t steps : progress.parameter_steps) {
+    if (steps > kCountMax) return refuse(steps, " steps of a parameter: no job takes so many");
+  }
+  if (!progress.loss_scaler.has_value()) return absl::OkStatus();
+  const LossScalerState& s = *progress.loss_scaler;
+  if (!fp16) return refuse("a loss scale, which only a job in fp16 has");
+  if (!std::isfinite(s.scale) || s.scale <= 0) {
+    return refuse("the loss scale ", s.scale, ", which must be finite and above 0");
+  }
+  if (s.hysteresis < 1 || s.hysteresis > kCountMax || s.iterations > kCountMax ||
+      s.last_overflow < -1 ||
+      (s.last_overflow >= 0 && static_cast<uint64_t>(s.last_overflow) >= s.iterations)) {
+    return refuse("a loss scaler with cur_hysteresis ", s.hysteresis, ", cur_iter ", s.iterations,
+                  " and last_overflow_iter ", s.last_overflow,
+                  ": the first must be above 0, the last from -1 to below cur_iter");
+  }
+  return absl::OkStatus();
+}
+
+Hash128 OptimizerProgress::Hash() const {
+  Hasher h;
+  h.Add(uint64_t{parameter_steps.size()});
+  for (const uint64_t steps : parameter_steps) h.Add(steps);
+  h.Add(uint64_t{loss_scaler.has_value()});
+  if (loss_scaler.has_value()) {
+    h.Add(loss_scaler->scale).Add(loss_scaler->iterations);
+    h.Add(static_cast<uint64_t>(loss_scaler->last_overflow)).Add(loss_scaler->hysteresis);
+  }
+  return h.Finish();
+}
+
 Hash128 HyperParameters::Hash() const {
   Hasher h;
   h.Add(max_norm).Add(loss_scale).Add(uint64_t{groups.size()});

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <variant>
 #include <vector>
@@ -32,6 +33,28 @@ constexpr MemberSet AllMembers(uint32_t members) {
 
 enum class StateKind : uint16_t { kMaster = 0, kExpAvg = 1, kExpAvgSq = 2 };
 enum class ScalarOp : uint16_t { kSum = 0, kMean = 1, kMin = 2, kMax = 3 };
+
+// Where the loss scale of an fp16 job stands, in the terms of DeepSpeed's DynamicLossScaler.
+struct LossScalerState {
+  double scale = 1;           // cur_scale: what the next step's loss is to be multiplied by
+  uint64_t iterations = 0;    // cur_iter: steps that were attempted
+  int64_t last_overflow = -1;  // last_overflow_iter: the iteration that overflowed last, -1: none
+  uint64_t hysteresis = 1;    // cur_hysteresis: overflows left to bear, and the one that halves
+  friend bool operator==(const LossScalerState&, const LossScalerState&) = default;
+};
+
+// What the optimizer counts, the same on every member: with the weights and the state tensors all
+// that a job's next step depends on.
+struct OptimizerProgress {
+  std::vector<uint64_t> parameter_steps;  // per parameter of the layout: applied steps
+  std::optional<LossScalerState> loss_scaler;  // fp16 alone; RESTORE without it leaves it alone
+  friend bool operator==(const OptimizerProgress&, const OptimizerProgress&) = default;
+  Hash128 Hash() const;
+};
+// Counts beyond it are not taken: exact in a double, whoever computes with them.
+inline constexpr uint64_t kCountMax = uint64_t{1} << 53;
+// OK, or INVALID_ARGUMENT naming what cannot be. `fp16`: the job has a loss scale.
+absl::Status CheckProgress(const OptimizerProgress& progress, size_t parameters, bool fp16);
 
 // What is computed for a parameter group, fixed for the life of a job: it says how much state there
 // is. Formulas: kernels/cpu/optimizers.h.
@@ -101,6 +124,7 @@ struct Decision {
                           // where nobody asked, infinite with kSkip
   double grad_scale = 1;  // what each summed gradient element is multiplied by
   double next_loss_scale = 1;  // what the next step's loss is to be multiplied by
+  LossScalerState loss_scaler;  // fp16: as this step leaves it
   HyperParameters hyper;
   std::vector<bool> touched;  // per parameter: some rank had a gradient
   std::string reason;
@@ -133,6 +157,8 @@ struct NormPart {
 struct ScalarValues {
   ScalarOp op = ScalarOp::kSum;
   std::vector<double> values;  // empty: a barrier
+  // It is no SCALAR but a RESTORE, which takes its place among them: of what is restored.
+  std::optional<Hash128> restore;
   friend bool operator==(const ScalarValues&, const ScalarValues&) = default;
 };
 
@@ -149,8 +175,10 @@ enum class EntryKind : uint8_t {
   kScalar = 8,
   kLeave = 9,      // `rank` detached of its own will
   kGeneration = 10,  // `rank` died: everything before this is finished, then clients attach anew
-  kTensorNorms = 11,  // directly behind a COMMIT with tensors that are updated as a whole
+  kRestore = 11,   // the optimizer's counts and the loss scale are set
+  kTensorNorms = 12,  // directly behind a COMMIT with tensors that are updated as a whole
 };
+inline constexpr EntryKind kEntryKindLast = EntryKind::kTensorNorms;
 
 struct Entry {
   uint64_t seq = 0;  // from 1, without gaps, for the life of the job; also the fabric's tag
@@ -164,13 +192,14 @@ struct Entry {
   SlotIndex slot = 0;      // kPut, kRead: which of its clients
   uint64_t begin = 0;    // kPut, kRead: first element of the unit
   uint64_t count = 0;
-  StateKind state_kind = StateKind::kMaster;
-  uint64_t ordinal = 0;  // kScalar: the n-th of the generation, from 1
+  StateKind state_kind = StateKind::kMaster;  // kPut, kRead
+  uint64_t ordinal = 0;  // kScalar, kRestore: the n-th of the generation, from 1
   ScalarValues scalar;   // kScalar: the result
   Rank rank = 0;         // kLeave, kGeneration
   std::string reason;    // kGeneration: how the rank died; kScalar: not empty = it failed
   bool norm_needed = false;  // kNorm: somebody clips, asks, or skips by it
   Decision decision;     // kCommit
+  OptimizerProgress restore;  // kRestore
   std::vector<TensorSquares> squares;  // kTensorNorms: per parameter; zeros where not wanted
 };
 
@@ -228,10 +257,11 @@ struct StateRequest {  // a client's PUT or READ of some elements of a unit
   uint64_t count = 0;
   StateKind kind = StateKind::kMaster;
 };
-struct ScalarReady {  // every client of the sender posted its `ordinal`-th SCALAR
+struct ScalarReady {  // every client of the sender posted its `ordinal`-th SCALAR or RESTORE
   uint64_t ordinal = 0;
   std::vector<Rank> ranks;            // parallel to values
   std::vector<ScalarValues> values;
+  OptimizerProgress restore;          // where it is a RESTORE, from member 0 alone
 };
 struct Failed {  // the sender cannot go on: the job ends everywhere
   absl::Status status;

@@ -3,6 +3,7 @@
 // What core wants done.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -71,6 +72,22 @@ void JobRunnerImpl::Observe(const PendingRequest& request, const core::Complete&
   }
 }
 
+void JobRunnerImpl::WriteProgress(const core::OptimizerProgress& progress,
+                                  ClientSlot* client) const {
+  const std::vector<uint64_t>& steps = progress.parameter_steps;
+  CHECK_LE(shm::ProgressBytes(steps.size()), plan_.transfer_values_bytes);
+  shm::ProgressRecord record{};
+  if (progress.loss_scaler.has_value()) {
+    record.has_loss_scaler = 1;
+    record.scale = progress.loss_scaler->scale;
+    record.iterations = progress.loss_scaler->iterations;
+    record.last_overflow = progress.loss_scaler->last_overflow;
+    record.hysteresis = progress.loss_scaler->hysteresis;
+  }
+  memcpy(client->transfer(), &record, sizeof(record));
+  memcpy(client->transfer() + sizeof(record), steps.data(), steps.size() * sizeof(uint64_t));
+}
+
 void JobRunnerImpl::Do(core::Complete& action) {
   const std::shared_ptr<ClientSlot> client = slots_[action.slot].client;
   if (client == nullptr || client->state != ClientSlot::State::kAttached) return;
@@ -97,6 +114,8 @@ void JobRunnerImpl::Do(core::Complete& action) {
     page->skipped = action.step->skipped ? 1 : 0;
     page->loss_scale = action.step->next_loss_scale;
   }
+  if (action.loss_scale.has_value()) page->loss_scale = *action.loss_scale;
+  if (action.progress.has_value()) WriteProgress(*action.progress, client.get());
   shm::CompleteEntry entry{};
   entry.cookie = action.cookie;
   entry.code = static_cast<int32_t>(action.status.code());
@@ -233,7 +252,9 @@ void JobRunnerImpl::Do(core::StartPut& action) {
   mover_->Start(action.seq,
                 MakePut(&move_, action, std::move(origin), window_->Copy(action.unit)),
                 [this, action](absl::Status done) {
-                  if (done.ok()) NotePut(action.unit, action.begin, action.count);
+                  if (done.ok() && action.kind == core::StateKind::kMaster) {
+                    NotePut(action.unit, action.begin, action.count);
+                  }
                   job_->OnEntryDone(action.seq, done);
                 });
 }

@@ -113,7 +113,10 @@ class JobRunnerImpl : public JobRunner {
   absl::Status HandleStep(ClientSlot* client, const shm::SubmitEntry& entry);
   absl::StatusOr<std::vector<bool>> ScatteredParameters(const ClientSlot& client,
                                                         const shm::SubmitEntry& entry) const;
+  absl::Status HandlePutOrRead(ClientSlot* client, const shm::SubmitEntry& entry);
   absl::Status HandleScalar(ClientSlot* client, const shm::SubmitEntry& entry);
+  absl::Status CheckProgress(const shm::SubmitEntry& entry) const;
+  absl::Status HandleRestore(ClientSlot* client, const shm::SubmitEntry& entry);
 
   // actions.cc
   void RunActions();
@@ -143,6 +146,7 @@ class JobRunnerImpl : public JobRunner {
 
   // actions.cc
   void Observe(const PendingRequest& request, const core::Complete& action);
+  void WriteProgress(const core::OptimizerProgress& progress, ClientSlot* client) const;
   std::vector<size_t> TouchedMatrices(const ApplyTask& task) const;
   void ComputeSquares(core::Step step, const std::vector<core::UnitIndex>& units,
                       std::function<void()> done);

@@ -22,6 +22,7 @@ class Put : public Movement {
       : c_(*context),
         unit_(action.unit),
         all_{action.begin, action.begin + action.count},
+        kind_(action.kind),
         origin_member_(action.origin),
         resident_(c_.plan->window.resident[unit_]),
         origin_(std::move(origin)),
@@ -82,6 +83,10 @@ class Put : public Movement {
   }
   // A copy that is always there, or a full master, takes all; else an owner takes its shard.
   Range Needs(MemberIndex m) const {
+    if (kind_ != core::StateKind::kMaster) {
+      if (!c_.store->full()) return c_.partition->TrainableShard(unit_, m);
+      return {0, c_.layout->units()[unit_].trainable_elements};
+    }
     if (c_.stage < 3 || resident_ || c_.members() == 1) {
       return {0, c_.layout->units()[unit_].elements};
     }
@@ -89,6 +94,11 @@ class Put : public Movement {
   }
 
   void Store(Range range, const float* values) const {
+    if (kind_ != core::StateKind::kMaster) {
+      const int which = kind_ == core::StateKind::kExpAvg ? 0 : 1;
+      memcpy(c_.store->moment(which, unit_, range.begin), values, range.size() * sizeof(float));
+      return;
+    }
     const Range kept = Intersect(range, c_.store->MasterRange(unit_));
     if (!kept.empty() && !c_.plan->master_in_window) {
       const float* from = values + (kept.begin - range.begin);
@@ -107,6 +117,7 @@ class Put : public Movement {
   const MoveContext& c_;
   const core::UnitIndex unit_;
   const Range all_;
+  const core::StateKind kind_;
   const MemberIndex origin_member_;
   const bool resident_;
   const std::shared_ptr<ClientSlot> origin_;

@@ -160,19 +160,16 @@ absl::Status JobRunnerImpl::Handle(ClientSlot* client, const shm::SubmitEntry& e
     case Op::kStep:
       return HandleStep(client, entry);
     case Op::kPut:
-      RETURN_IF_ERROR(CheckRange(entry));
-      job_->OnPut(slot, entry.cookie, entry.unit, entry.arg0, entry.arg1);
-      return absl::OkStatus();
     case Op::kRead:
-      RETURN_IF_ERROR(CheckRange(entry));
-      if (entry.flags > static_cast<uint16_t>(shm::StateKind::kExpAvgSq)) {
-        return absl::InvalidArgumentError(absl::StrCat("there is no state of kind ", entry.flags));
-      }
-      job_->OnRead(slot, entry.cookie, entry.unit, entry.arg0, entry.arg1,
-                   static_cast<core::StateKind>(entry.flags));
-      return absl::OkStatus();
+      return HandlePutOrRead(client, entry);
     case Op::kScalar:
       return HandleScalar(client, entry);
+    case Op::kReadProgress:
+      RETURN_IF_ERROR(CheckProgress(entry));
+      job_->OnReadProgress(slot, entry.cookie);
+      return absl::OkStatus();
+    case Op::kRestore:
+      return HandleRestore(client, entry);
     case Op::kDetach:
       job_->OnDetach(slot, entry.cookie);
       return absl::OkStatus();
@@ -264,6 +261,47 @@ absl::Status JobRunnerImpl::HandleStep(ClientSlot* client, const shm::SubmitEntr
     if (!first_step_at_.has_value()) first_step_at_ = MonotonicNow();
   }
   job_->OnStep(client->slot, entry.cookie, entry.step, hyper, trace);
+  return absl::OkStatus();
+}
+
+absl::Status JobRunnerImpl::HandlePutOrRead(ClientSlot* client, const shm::SubmitEntry& entry) {
+  RETURN_IF_ERROR(CheckRange(entry));
+  if (entry.flags > static_cast<uint16_t>(shm::StateKind::kExpAvgSq)) {
+    return absl::InvalidArgumentError(absl::StrCat("there is no state of kind ", entry.flags));
+  }
+  const auto kind = static_cast<core::StateKind>(entry.flags);
+  if (entry.op == Op::kPut) {
+    job_->OnPut(client->slot, entry.cookie, entry.unit, entry.arg0, entry.arg1, kind);
+  } else {
+    job_->OnRead(client->slot, entry.cookie, entry.unit, entry.arg0, entry.arg1, kind);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status JobRunnerImpl::CheckProgress(const shm::SubmitEntry& entry) const {
+  const uint64_t parameters = request_.layout->parameters().size();
+  if (entry.arg0 != parameters ||
+      shm::ProgressBytes(parameters) > plan_.transfer_values_bytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the steps of ", entry.arg0, " parameters, where the layout has ", parameters,
+                     " and one transfer has ", plan_.transfer_values_bytes, " bytes"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status JobRunnerImpl::HandleRestore(ClientSlot* client, const shm::SubmitEntry& entry) {
+  RETURN_IF_ERROR(CheckProgress(entry));
+  shm::ProgressRecord record;
+  shm::CopyShared(&record, client->transfer(), sizeof(record));
+  core::OptimizerProgress progress;
+  progress.parameter_steps.resize(entry.arg0);
+  shm::CopyShared(progress.parameter_steps.data(), client->transfer() + sizeof(record),
+                  entry.arg0 * sizeof(uint64_t));
+  if (record.has_loss_scaler != 0) {
+    progress.loss_scaler = {record.scale, record.iterations, record.last_overflow,
+                            record.hysteresis};
+  }
+  job_->OnRestore(client->slot, entry.cookie, progress);
   return absl::OkStatus();
 }
 

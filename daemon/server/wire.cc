@@ -3,6 +3,7 @@
 
 #include <bit>
 #include <cstring>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <variant>
@@ -178,10 +179,37 @@ void Hyper(A& a, Ref<A, core::HyperParameters> v) {
   });
 }
 
+template <typename T, typename A, typename F>
+void Optional(A& a, Ref<A, std::optional<T>> v, F&& field) {
+  bool there = v.has_value();
+  a.Bool(there);
+  if constexpr (A::kReads) {
+    if (!there || !a.ok()) return;
+    v.emplace();
+  }
+  if (there) field(a, *v);
+}
+
 template <typename A>
 void Scalars(A& a, Ref<A, core::ScalarValues> v) {
   a.Enum(v.op, static_cast<uint32_t>(core::ScalarOp::kMax));
   a.List(v.values, 8, [](A& b, Ref<A, double> x) { b.Number(x); });
+  Optional<Hash128>(a, v.restore, [](A& b, Ref<A, Hash128> x) { Hash(b, x); });
+}
+
+template <typename A>
+void LossScaler(A& a, Ref<A, core::LossScalerState> v) {
+  a.Number(v.scale);
+  a.Number(v.iterations);
+  a.Number(v.last_overflow);
+  a.Number(v.hysteresis);
+}
+
+template <typename A>
+void Progress(A& a, Ref<A, core::OptimizerProgress> v) {
+  a.List(v.parameter_steps, 8, [](A& b, Ref<A, uint64_t> x) { b.Number(x); });
+  Optional<core::LossScalerState>(
+      a, v.loss_scaler, [](A& b, Ref<A, core::LossScalerState> x) { LossScaler(b, x); });
 }
 
 template <typename A>
@@ -198,6 +226,7 @@ void DecisionFields(A& a, Ref<A, core::Decision> v) {
   a.Number(v.grad_norm);
   a.Number(v.grad_scale);
   a.Number(v.next_loss_scale);
+  LossScaler(a, v.loss_scaler);
   Hyper(a, v.hyper);
   a.Bits(v.touched);
   a.String(v.reason);
@@ -209,7 +238,7 @@ template <typename A>
 void EntryFields(A& a, Ref<A, core::Entry> v) {
   a.Number(v.seq);
   a.Number(v.generation);
-  a.Enum(v.kind, static_cast<uint32_t>(core::EntryKind::kTensorNorms));
+  a.Enum(v.kind, static_cast<uint32_t>(core::kEntryKindLast));
   a.Number(v.unit);
   a.Number(v.step);
   a.Number(v.round);
@@ -226,6 +255,7 @@ void EntryFields(A& a, Ref<A, core::Entry> v) {
   a.Bool(v.norm_needed);
   // Commits alone carry a decision: the others are many.
   if (v.kind == core::EntryKind::kCommit) DecisionFields(a, v.decision);
+  if (v.kind == core::EntryKind::kRestore) Progress(a, v.restore);
   if (v.kind == core::EntryKind::kTensorNorms) Squares(a, v.squares);
 }
 
@@ -292,7 +322,8 @@ template <typename A>
 void Item(A& a, Ref<A, core::ScalarReady> v) {
   a.Number(v.ordinal);
   a.List(v.ranks, 4, [](A& b, Ref<A, core::Rank> x) { b.Number(x); });
-  a.List(v.values, 5, [](A& b, Ref<A, core::ScalarValues> x) { Scalars(b, x); });
+  a.List(v.values, 6, [](A& b, Ref<A, core::ScalarValues> x) { Scalars(b, x); });
+  Progress(a, v.restore);
 }
 template <typename A>
 void Item(A& a, Ref<A, core::Failed> v) {

@@ -24,7 +24,7 @@
 namespace zerod::shm {
 
 // Bumped whenever a layout below changes; client and daemon must agree exactly.
-inline constexpr uint32_t kFormatVersion = 2;
+inline constexpr uint32_t kFormatVersion = 3;
 inline constexpr uint64_t kMagic = 0x315f444f52455a00;  // "\0ZEROD_1"
 
 // The piece in which window memory is given to units.
@@ -50,14 +50,19 @@ enum class Op : uint16_t {
                   //   again after kLast; result = 1: what lies there was consumed, start afresh,
                   //   0: it is still needed, add to it
   kStep = 5,      // step; StepRecord in the submit page, blob of arg0 bytes in the transfer area
-  kPut = 6,       // unit, arg0 = first element, arg1 = elements, values (fp32) in the transfer area
-  kRead = 7,      // unit, arg0, arg1 as kPut, flags = StateKind; the values come back as fp32
+  kPut = 6,       // unit, arg0 = first element, arg1 = elements, flags = StateKind; values (fp32)
+                  //   in the transfer area
+  kRead = 7,      // unit, arg0, arg1, flags as kPut; the values come back as fp32
   kScalar = 8,    // arg0 = number of values (0 = barrier), flags = ScalarOp; ScalarRecord
   kDetach = 9,    // the client leaves of its own will; nothing follows
   kMicroStep = 10,  // step: a backward pass is over, what is scattered from here on is of the next
                     //   one; no completion
   kMakeRoom = 11,   // node_sum: this client waits for room in its staging: answer one of its
                     //   scatters without waiting for other ranks, if possible; no completion
+  kReadProgress = 12,  // arg0 = parameters of the layout; a ProgressRecord and the parameters'
+                       //   steps come back in the transfer area
+  kRestore = 13,  // arg0 as kReadProgress, the same in the transfer area; of all ranks, among their
+                  //   SCALARs
 };
 
 enum ScatterFlags : uint16_t { kLast = 1 };
@@ -120,6 +125,20 @@ struct StepRecord {
   uint64_t reserved;
   GroupRecord group[kGroupsMax];
 };
+
+// At the start of the transfer area, before a uint64_t per parameter in the layout's order: the
+// applied steps that the optimizer counts.
+struct ProgressRecord {
+  uint32_t has_loss_scaler;  // 1: the rest has a meaning
+  uint32_t reserved0;
+  double scale;              // core::LossScalerState
+  uint64_t iterations;
+  int64_t last_overflow;
+  uint64_t hysteresis;
+  uint64_t reserved1[3];
+};
+static_assert(sizeof(ProgressRecord) == 64);
+constexpr uint64_t ProgressBytes(uint64_t params) { return sizeof(ProgressRecord) + 8 * params; }
 
 struct ScalarRecord {
   double value[kScalarsMax];

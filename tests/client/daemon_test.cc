@@ -109,7 +109,8 @@ void PutInitial(Client& client) {
     const ParameterView& view = client.parameters()[p];
     std::vector<float> values(view.elements);
     for (uint64_t i = 0; i < values.size(); ++i) values[i] = Initial(p, i);
-    const absl::Status put = client.Put(view.unit, view.offset, values.data(), values.size());
+    const absl::Status put = client.Put(view.unit, view.offset, values.data(), values.size(),
+                                         StateKind::kMaster);
     ASSERT_TRUE(put.ok()) << put;
   }
 }

@@ -535,7 +535,7 @@ TEST(Values, PutAndReadGoInPieces) {
   });
   std::vector<float> values(5000);
   for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i + 1);
-  ASSERT_TRUE(client->Put(kB, 100, values.data(), values.size()).ok());
+  ASSERT_TRUE(client->Put(kB, 100, values.data(), values.size(), StateKind::kMaster).ok());
   daemon.Sync();
   EXPECT_EQ(daemon.requests().size(), 3u);  // 2048 values each
   EXPECT_EQ(stored[100], 1.0f);
@@ -550,10 +550,13 @@ TEST(Values, RangesAndHoldsAreChecked) {
   FakeDaemon daemon;
   auto client = daemon.Attach();
   const float value = 0;
-  EXPECT_EQ(client->Put(kB, 20000, &value, 1).code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(client->Put(kB, 1, &value, ~uint64_t{0}).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(client->Put(kB, 20000, &value, 1, StateKind::kMaster).code(),
+            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(client->Put(kB, 1, &value, ~uint64_t{0}, StateKind::kMaster).code(),
+            absl::StatusCode::kInvalidArgument);
   ASSERT_TRUE(client->Gather(kB).ok());
-  EXPECT_EQ(client->Put(kB, 0, &value, 1).code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(client->Put(kB, 0, &value, 1, StateKind::kMaster).code(),
+            absl::StatusCode::kFailedPrecondition);
 }
 
 TEST(Values, AllReduceReturnsTheDaemonsResult) {
@@ -571,6 +574,61 @@ TEST(Values, AllReduceReturnsTheDaemonsResult) {
   EXPECT_THAT(*result, ElementsAre(2, 5));
   EXPECT_EQ(client->AllReduce(std::vector<double>(65), ScalarOp::kMax).status().code(),
             absl::StatusCode::kInvalidArgument);
+}
+
+TEST(Values, StateIsPutWithItsKindAndWhateverIsHeld) {
+  FakeDaemon daemon;
+  auto client = daemon.Attach();
+  const float value = 0;
+  ASSERT_TRUE(client->Gather(kB).ok());
+  ASSERT_TRUE(client->Put(kB, 0, &value, 1, StateKind::kExpAvg).ok());
+  EXPECT_EQ(daemon.requests().back().op, shm::Op::kPut);
+  EXPECT_EQ(daemon.requests().back().flags, static_cast<uint16_t>(shm::StateKind::kExpAvg));
+}
+
+// The order is the client's here, the layout's there.
+TEST(Values, ProgressGoesBothWays) {
+  AttachPlan plan = FakeDaemon::MakePlan();
+  std::swap(plan.parameters[0].touched, plan.parameters[3].touched);
+  FakeDaemon daemon(plan);
+  auto client = daemon.Attach();
+  const size_t bytes = shm::ProgressBytes(plan.parameters.size());
+  std::vector<std::byte> kept(bytes);
+  daemon.SetHandler([&](const shm::SubmitEntry& entry) {
+    EXPECT_EQ(entry.arg0, plan.parameters.size());
+    if (entry.op == shm::Op::kRestore) {
+      memcpy(kept.data(), daemon.transfer(), bytes);
+      memset(daemon.transfer(), 0, bytes);
+      daemon.complete()->loss_scale = 512;
+    } else {
+      EXPECT_EQ(entry.op, shm::Op::kReadProgress);
+      memcpy(daemon.transfer(), kept.data(), bytes);
+    }
+    return FakeDaemon::Reply{};
+  });
+  OptimizerProgress progress;
+  for (uint64_t i = 0; i < plan.parameters.size(); ++i) progress.parameter_steps.push_back(10 + i);
+  progress.loss_scaler = {512, 20, 3, 2};
+  EXPECT_EQ(client->loss_scale(), 1);
+  ASSERT_TRUE(client->Restore(progress).ok());
+  EXPECT_EQ(client->loss_scale(), 512);
+  daemon.Sync();
+  shm::ProgressRecord record;
+  memcpy(&record, kept.data(), sizeof(record));
+  EXPECT_EQ(record.has_loss_scaler, 1u);
+  std::vector<uint64_t> steps(plan.parameters.size());
+  memcpy(steps.data(), kept.data() + sizeof(record), 8 * steps.size());
+  EXPECT_THAT(steps, ElementsAre(13, 11, 12, 10, 14, 15));
+  const auto read = client->ReadProgress();
+  ASSERT_TRUE(read.ok()) << read.status();
+  EXPECT_EQ(read->parameter_steps, progress.parameter_steps);
+  ASSERT_TRUE(read->loss_scaler.has_value());
+  EXPECT_EQ(read->loss_scaler->scale, 512);
+  EXPECT_EQ(read->loss_scaler->iterations, 20u);
+  EXPECT_EQ(read->loss_scaler->last_overflow, 3);
+  EXPECT_EQ(read->loss_scaler->hysteresis, 2u);
+  progress.parameter_steps.pop_back();
+  EXPECT_EQ(client->Restore(progress).code(), absl::StatusCode::kInvalidArgument);
 }
 
 TEST(Detach, EndsTheClientsUse) {

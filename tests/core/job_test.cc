@@ -179,13 +179,13 @@ TEST_F(JobTest, NonsenseFromAClientIsItsOwnError) {
   EXPECT_TRUE(absl::IsFailedPrecondition(Answer(3)));
   job_->OnScatter(0, 4, 0, 1, true, 0, {true, true});
   EXPECT_TRUE(absl::IsInvalidArgument(Answer(4)));
-  job_->OnPut(0, 5, 0, 1000, UINT64_MAX);
+  job_->OnPut(0, 5, 0, 1000, UINT64_MAX, StateKind::kMaster);
   EXPECT_TRUE(absl::IsInvalidArgument(Answer(5)));
   job_->OnRead(0, 6, 0, 2000, 1, StateKind::kMaster);
   EXPECT_TRUE(absl::IsInvalidArgument(Answer(6)));
   job_->OnRead(0, 7, 0, 0, 1, static_cast<StateKind>(9));
   EXPECT_TRUE(absl::IsInvalidArgument(Answer(7)));
-  job_->OnScalar(0, 8, {ScalarOp::kSum, std::vector<double>(65)});
+  job_->OnScalar(0, 8, {ScalarOp::kSum, std::vector<double>(65), {}});
   EXPECT_TRUE(absl::IsInvalidArgument(Answer(8)));
   job_->OnReclaim(0, 9, 0, 1);
   EXPECT_TRUE(absl::IsFailedPrecondition(Answer(9)));
@@ -349,7 +349,7 @@ TEST_F(Member0Test, StaleGenerationsChangeNothing) {
   From1({Hello(), ClientAttached{1}});
   From1({ClientGone{1, false, "killed"}});
   EXPECT_EQ(job_->generation(), 2u);
-  From1({StepReady{}, GradientsReady{9, 9, 9}, ScalarReady{1, {1}, {{}}}}, 1);
+  From1({StepReady{}, GradientsReady{9, 9, 9}, ScalarReady{1, {1}, {{}}, {}}}, 1);
   EXPECT_EQ(job_->state(), JobState::kForming);
 }
 

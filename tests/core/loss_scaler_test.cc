@@ -64,6 +64,33 @@ TEST(LossScaler, ThereIsNothingBelowTheSmallest) {
   EXPECT_THAT(std::string(diverged.message()), testing::HasSubstr("fp16.min_loss_scale"));
 }
 
+TEST(LossScaler, ItsStateIsDeepSpeedsAndAllThatItDependsOn) {
+  LossScaleSpec spec = Spec(2);
+  spec.hysteresis = 2;
+  LossScaler scaler(spec);
+  const double initial = scaler.scale();
+  EXPECT_TRUE(scaler.state() == (LossScalerState{initial, 0, -1, 2}));
+  for (const bool overflow : {false, true, false, false}) ASSERT_TRUE(scaler.Update(overflow).ok());
+  EXPECT_TRUE(scaler.state() == (LossScalerState{initial, 4, 1, 1}));
+  LossScaler other(spec);
+  other.Restore(scaler.state());
+  for (const bool overflow : {false, false, true, true, false, false, false, true}) {
+    ASSERT_TRUE(scaler.Update(overflow).ok());
+    ASSERT_TRUE(other.Update(overflow).ok());
+    EXPECT_TRUE(other.state() == scaler.state());
+  }
+  EXPECT_NE(scaler.scale(), initial);
+}
+
+TEST(LossScaler, AStaticScaleIsRestoredToItselfAlone) {
+  LossScaleSpec spec = Spec(1);
+  spec.static_scale = 128;
+  EXPECT_TRUE(LossScaler::CheckRestore(spec, {128, 5, -1, 1}).ok());
+  const absl::Status refused = LossScaler::CheckRestore(spec, {64, 5, -1, 1});
+  EXPECT_TRUE(absl::IsInvalidArgument(refused));
+  EXPECT_THAT(std::string(refused.message()), testing::HasSubstr("fp16.loss_scale"));
+}
+
 TEST(LossScaler, AStaticScaleStays) {
   LossScaleSpec spec = Spec(1);
   spec.static_scale = 128;

@@ -209,6 +209,10 @@ std::vector<Garbage> AllGarbage() {
   flags.flags = 0x80;
   shm::SubmitEntry kind = Entry(shm::Op::kRead, 0, 0, 1);
   kind.flags = 9;
+  shm::SubmitEntry put_kind = Entry(shm::Op::kPut, 0, 0, 1);
+  put_kind.flags = 3;
+  shm::SubmitEntry no_answer = Entry(shm::Op::kRestore, 0, 1);
+  no_answer.cookie = 0;
   shm::SubmitEntry op = Entry(shm::Op::kScalar, 0, 1);
   op.flags = 200;
   return {
@@ -221,6 +225,12 @@ std::vector<Garbage> AllGarbage() {
       {"PutBehindTheUnit", Sends(Entry(shm::Op::kPut, 0, kHuge - 1, 4)), "of unit 0"},
       {"PutCountOverflows", Sends(Entry(shm::Op::kPut, 0, 1, kHuge)), "of unit 0"},
       {"ReadKind", Sends(kind), "state of kind 9"},
+      {"PutKind", Sends(put_kind), "state of kind 3"},
+      {"RestoreOfTooMany", Sends(Entry(shm::Op::kRestore, 0, kHuge)), "the layout has"},
+      {"RestoreOfNone", Sends(Entry(shm::Op::kRestore, 0, 0)), "the layout has"},
+      {"RestoreWithoutACookie", Sends(no_answer), "without a cookie"},
+      {"ReadProgressOfTooMany", Sends(Entry(shm::Op::kReadProgress, 0, 1u << 20)),
+       "the layout has"},
       {"ScalarCount", Sends(Entry(shm::Op::kScalar, 0, 65)), "SCALAR of 65"},
       {"ScalarOp", Sends(op), "operation 200"},
       {"StepBlob", Sends(Entry(shm::Op::kStep, 0, kHuge)), "client state"},

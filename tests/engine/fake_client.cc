@@ -224,11 +224,13 @@ absl::StatusOr<StepAnswer> FakeClient::Step(const StepOptions& options) {
   return StepAnswer{complete()->grad_norm, complete()->skipped != 0};
 }
 
-absl::Status FakeClient::Put(core::UnitIndex u, uint64_t begin, const std::vector<float>& values) {
+absl::Status FakeClient::Put(core::UnitIndex u, uint64_t begin, const std::vector<float>& values,
+                             shm::StateKind kind) {
   memcpy(map_[3], values.data(), values.size() * sizeof(float));
   shm::SubmitEntry entry = Entry(shm::Op::kPut, u);
   entry.arg0 = begin;
   entry.arg1 = values.size();
+  entry.flags = static_cast<uint16_t>(kind);
   return Request(entry).status();
 }
 
@@ -242,6 +244,40 @@ absl::StatusOr<std::vector<float>> FakeClient::Read(core::UnitIndex u, uint64_t 
   std::vector<float> values(count);
   memcpy(values.data(), map_[3], count * sizeof(float));
   return values;
+}
+
+absl::StatusOr<core::OptimizerProgress> FakeClient::ReadProgress() {
+  shm::SubmitEntry entry = Entry(shm::Op::kReadProgress, 0);
+  entry.arg0 = layout_->parameters().size();
+  RETURN_IF_ERROR(Request(entry).status());
+  shm::ProgressRecord record;
+  memcpy(&record, map_[3], sizeof(record));
+  core::OptimizerProgress progress;
+  progress.parameter_steps.resize(entry.arg0);
+  memcpy(progress.parameter_steps.data(), map_[3] + sizeof(record), 8 * entry.arg0);
+  if (record.has_loss_scaler != 0) {
+    progress.loss_scaler = {record.scale, record.iterations, record.last_overflow,
+                            record.hysteresis};
+  }
+  return progress;
+}
+
+absl::StatusOr<double> FakeClient::Restore(const core::OptimizerProgress& progress) {
+  shm::ProgressRecord record{};
+  if (progress.loss_scaler.has_value()) {
+    record.has_loss_scaler = 1;
+    record.scale = progress.loss_scaler->scale;
+    record.iterations = progress.loss_scaler->iterations;
+    record.last_overflow = progress.loss_scaler->last_overflow;
+    record.hysteresis = progress.loss_scaler->hysteresis;
+  }
+  memcpy(map_[3], &record, sizeof(record));
+  memcpy(map_[3] + sizeof(record), progress.parameter_steps.data(),
+         8 * progress.parameter_steps.size());
+  shm::SubmitEntry entry = Entry(shm::Op::kRestore, 0);
+  entry.arg0 = progress.parameter_steps.size();
+  RETURN_IF_ERROR(Request(entry).status());
+  return complete()->loss_scale;
 }
 
 absl::StatusOr<std::vector<double>> FakeClient::AllReduce(const std::vector<double>& values,

@@ -64,9 +64,13 @@ class FakeClient {
   absl::Status Reclaim(core::UnitIndex u);
   absl::StatusOr<StepAnswer> Step(const StepOptions& options);
 
-  absl::Status Put(core::UnitIndex u, uint64_t begin, const std::vector<float>& values);
+  absl::Status Put(core::UnitIndex u, uint64_t begin, const std::vector<float>& values,
+                   shm::StateKind kind = shm::StateKind::kMaster);
   absl::StatusOr<std::vector<float>> Read(core::UnitIndex u, uint64_t begin, uint64_t count,
                                           shm::StateKind kind);
+  absl::StatusOr<core::OptimizerProgress> ReadProgress();
+  // The loss scale of the next step.
+  absl::StatusOr<double> Restore(const core::OptimizerProgress& progress);
   absl::StatusOr<std::vector<double>> AllReduce(const std::vector<double>& values,
                                                 shm::ScalarOp op);
   absl::Status Barrier() { return AllReduce({}, shm::ScalarOp::kSum).status(); }
@@ -74,6 +78,7 @@ class FakeClient {
 
   shm::SubmitPage* submit() { return reinterpret_cast<shm::SubmitPage*>(map_[0]); }
   std::byte* gradients() { return map_[2]; }
+  std::byte* transfer() { return map_[3]; }
   // The daemon has taken everything that was pushed.
   bool AllTaken() { return complete()->sq_head.load() == submit()->tail.load(); }
 

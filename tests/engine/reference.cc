@@ -269,6 +269,7 @@ void PutInitial(const core::Layout& layout, FakeClient& client) {
 
 absl::Status Backward(const core::Layout& layout, uint32_t rank, FakeClient& client,
                       const Workload& workload) {
+  const uint64_t step = workload.steps_before + client.step();
   for (uint32_t micro = 0; micro < workload.micro_steps; ++micro) {
     for (UnitIndex u = 0; u < layout.units().size(); ++u) {
       RETURN_IF_ERROR(client.Gather(u));
@@ -276,10 +277,10 @@ absl::Status Backward(const core::Layout& layout, uint32_t rank, FakeClient& cli
       bool any = false;
       for (uint32_t p : layout.units()[u].parameters) {
         if (!layout.parameters()[p].trainable ||
-            !Touches(workload, client.step(), rank, p)) {
+            !Touches(workload, step, rank, p)) {
           continue;
         }
-        client.Land(p, Gradient(layout, p, values, client.step(), rank, micro));
+        client.Land(p, Gradient(layout, p, values, step, rank, micro));
         any = true;
       }
       client.Release(u);
@@ -304,6 +305,25 @@ void Train(const core::Layout& layout, uint32_t rank, FakeClient& client, const 
     CHECK(answer.ok()) << "rank " << rank << ": " << answer.status().ToString();
     CHECK(!answer->skipped);
     if (norms != nullptr) norms->push_back(answer->grad_norm);
+  }
+}
+
+void PutState(const core::Layout& layout, FakeClient& client, const JobState& state) {
+  for (uint32_t kind = 0; kind <= layout.state_tensors(); ++kind) {
+    for (UnitIndex u = 0; u < layout.units().size(); ++u) {
+      const core::Unit& unit = layout.units()[u];
+      const std::vector<float>& values = state.arrays[kind][u];
+      const size_t count = kind == 0 ? unit.elements : unit.trainable_elements;
+      const size_t piece = count / 3 + 1;
+      for (size_t begin = 0; begin < count; begin += piece) {
+        const size_t end = std::min(begin + piece, count);
+        const absl::Status status = client.Put(
+            u, begin, {values.begin() + static_cast<int64_t>(begin),
+                       values.begin() + static_cast<int64_t>(end)},
+            static_cast<shm::StateKind>(kind));
+        CHECK(status.ok()) << status.ToString();
+      }
+    }
   }
 }
 

@@ -15,6 +15,7 @@ namespace zerod::engine::testing {
 // What every rank does in a step: which gradients it makes, from the weights it sees.
 struct Workload {
   uint32_t micro_steps = 1;
+  uint64_t steps_before = 0;  // that an earlier job has made
   bool skip_some = true;  // some ranks leave out some parameters, all leave out some in odd steps
   core::HyperParameters hyper;
 };
@@ -77,6 +78,8 @@ struct JobState {
   std::vector<std::vector<float>> arrays[3];
   friend bool operator==(const JobState&, const JobState&) = default;
 };
+// Puts all of `state` into a job that has trained nothing. Between two barriers.
+void PutState(const core::Layout& layout, FakeClient& client, const JobState& state);
 JobState ReadState(const core::Layout& layout, FakeClient& client);
 JobState StateOf(const core::Layout& layout, const Reference& reference);
 

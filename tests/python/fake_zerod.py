@@ -326,11 +326,23 @@ class Client:
         self._m[span], self._v[span] = state["exp_avg"], state["exp_avg_sq"]
         self._steps[index] += 1
 
-    def put(self, unit, begin, data_ptr, count):
-        assert unit not in self._held
+    def put(self, unit, begin, data_ptr, count, kind="master"):
+        assert unit not in self._held or kind != "master"
+        target = {"master": self._master, "exp_avg": self._m, "exp_avg_sq": self._v}[kind]
         start = self._spans[unit][0] + begin
-        self._master[start : start + count] = _at(data_ptr, count, torch.float32)
-        self._refresh()
+        target[start : start + count] = _at(data_ptr, count, torch.float32)
+        if kind == "master":
+            self._refresh()
+
+    def optimizer_steps(self):
+        return list(self._steps)
+
+    def loss_scaler(self):
+        return None
+
+    def restore(self, steps, loss_scaler=None):
+        assert len(steps) == len(self._steps) and loss_scaler is None
+        self._steps = list(steps)
 
     def read(self, unit, begin, data_ptr, count, kind="master"):
         source = {"master": self._master, "exp_avg": self._m, "exp_avg_sq": self._v}[kind]

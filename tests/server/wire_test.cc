@@ -40,6 +40,10 @@ void ExpectSomeHyper(const core::HyperParameters& hyper) {
   EXPECT_TRUE(hyper.groups[1] == rest);
 }
 
+core::OptimizerProgress SomeProgress() {
+  return {{0, 5, core::kCountMax}, core::LossScalerState{512, 9, 4, 2}};
+}
+
 core::Message FullReport() {
   core::Report report;
   report.generation = 7;
@@ -59,7 +63,9 @@ core::Message FullReport() {
   core::ScalarReady scalar;
   scalar.ordinal = 3;
   scalar.ranks = {0, 1};
-  scalar.values = {{core::ScalarOp::kMax, {1.0, 2.0}}, {core::ScalarOp::kSum, {}}};
+  scalar.values = {{core::ScalarOp::kMax, {1.0, 2.0}, {}},
+                   {core::ScalarOp::kSum, {}, Hash128{7, 8}}};
+  scalar.restore = SomeProgress();
   report.items.push_back(scalar);
   report.items.push_back(core::Failed{absl::ResourceExhaustedError("no memory"), true});
   report.items.push_back(core::Forecasted{uint64_t{1} << 41});
@@ -69,7 +75,7 @@ core::Message FullReport() {
 
 core::Message FullAppend() {
   core::Append append;
-  for (int kind = 0; kind <= static_cast<int>(core::EntryKind::kTensorNorms); ++kind) {
+  for (int kind = 0; kind <= static_cast<int>(core::kEntryKindLast); ++kind) {
     core::Entry e;
     e.seq = 100 + kind;
     e.generation = 2;
@@ -84,7 +90,7 @@ core::Message FullAppend() {
     e.count = 7;
     e.state_kind = core::StateKind::kExpAvg;
     e.ordinal = 8;
-    e.scalar = {core::ScalarOp::kMean, {3.25}};
+    e.scalar = {core::ScalarOp::kMean, {3.25}, {}};
     e.rank = 9;
     e.reason = "because";
     if (e.kind == core::EntryKind::kCommit) {
@@ -92,10 +98,12 @@ core::Message FullAppend() {
       e.decision.grad_norm = 2.5;
       e.decision.grad_scale = 0.125;
       e.decision.next_loss_scale = 4096;
+      e.decision.loss_scaler = {4096, 12, -1, 3};
       e.decision.hyper = SomeHyper();
       e.decision.touched = std::vector<bool>(65, true);
       e.decision.reason = "nonfinite";
     }
+    if (e.kind == core::EntryKind::kRestore) e.restore = SomeProgress();
     if (e.kind == core::EntryKind::kTensorNorms) e.squares = {{3, 4}, {0, 0.5}};
     append.entries.push_back(e);
   }
@@ -135,6 +143,10 @@ TEST(Wire, FieldsArrive) {
   EXPECT_TRUE(std::get<core::Failed>(items[9]).discard);
   EXPECT_TRUE(std::get<core::StateRequest>(items[7]).put);
   EXPECT_EQ(std::get<core::StateRequest>(items[7]).kind, core::StateKind::kExpAvgSq);
+  const auto& scalar = std::get<core::ScalarReady>(items[8]);
+  EXPECT_FALSE(scalar.values[0].restore.has_value());
+  EXPECT_EQ(scalar.values[1].restore, (Hash128{7, 8}));
+  EXPECT_TRUE(scalar.restore == SomeProgress());
   EXPECT_EQ(std::get<core::Forecasted>(items[10]).version, uint64_t{1} << 41);
   const auto& measured = std::get<core::TensorsMeasured>(items[11]);
   EXPECT_EQ(measured.step, 9u);
@@ -147,6 +159,7 @@ TEST(Wire, FieldsArrive) {
     EXPECT_EQ(e.wants, ~uint64_t{0});
     EXPECT_EQ(e.scalar.values, std::vector<double>{3.25});
     EXPECT_EQ(e.reason, "because");
+    EXPECT_EQ(e.restore == SomeProgress(), e.kind == core::EntryKind::kRestore);
     if (e.kind == core::EntryKind::kTensorNorms) {
       EXPECT_EQ(e.squares, (std::vector<core::TensorSquares>{{3, 4}, {0, 0.5}}));
     }
@@ -154,6 +167,7 @@ TEST(Wire, FieldsArrive) {
     EXPECT_EQ(e.decision.kind, core::Decision::Kind::kSkip);
     EXPECT_EQ(e.decision.grad_scale, 0.125);
     EXPECT_EQ(e.decision.next_loss_scale, 4096);
+    EXPECT_TRUE(e.decision.loss_scaler == (core::LossScalerState{4096, 12, -1, 3}));
     EXPECT_EQ(e.decision.touched.size(), 65u);
     ExpectSomeHyper(e.decision.hyper);
   }

@@ -105,7 +105,7 @@ Member::Member(World* world, MemberIndex index)
     : world_(world), s_(world->scenario()), index_(index), partition_(s_.layout(), s_.spec.members),
       slots_(s_.spec.local_world) {
   for (const std::vector<Cell>& cells : s_.cells) weights_.emplace_back(cells.size(), 0);
-  moments_ = weights_;
+  states_ = weights_;
   accumulated_step_.assign(s_.cells.size(), 0);
   reduced_step_.assign(s_.cells.size(), 0);
   marks_.assign(slots_.size(), std::vector<Marks>(s_.cells.size()));
@@ -172,11 +172,13 @@ void Member::Do(core::Complete& a) {
   if (absl::IsResourceExhausted(a.status)) CheckExhausted(a);
   if (a.step.has_value() && a.status.ok()) {
     CheckWeights(job_->committed(), true);
+    CheckProgress(job_->committed());
     const Truth::Outcome& outcome = world_->truth().outcome(job_->committed());
     if (a.step->skipped != outcome.skip || a.step->next_loss_scale != outcome.next_loss_scale) {
       Violate("a client is told the wrong outcome");
     }
   }
+  if (a.loss_scale.has_value()) world_->Happens(Moment::kRestore);
   slots_[a.slot]->Deliver(a);
 }
 
@@ -378,7 +380,7 @@ void Member::CheckPlan(const core::ApplyPlan& plan) const {
     Violate(absl::StrCat("step ", plan.step, " is applied, and ought to be skipped"));
   }
   if (plan.decision.touched != outcome.touched ||
-      plan.parameter_steps != outcome.parameter_steps) {
+      plan.parameter_steps != outcome.progress.parameter_steps) {
     Violate(absl::StrCat("step ", plan.step, ": touched bits or parameters' steps are wrong"));
   }
   const bool norm_wanted = s_.max_norm > 0 || s_.spec.skip_nonfinite || plan.step % 2 == 0;
@@ -419,12 +421,12 @@ std::vector<core::TensorSquares> Member::MeasureUnit(UnitIndex unit, const core:
     if (!s_.Keeps(index_, cell) || !s_.ByTensor(cell) || !plan.decision.touched[cell.parameter]) {
       continue;
     }
-    uint64_t& moment = moments_[unit][c];
-    moment = FirstMoment(moment, sums[cell.place], plan.step);
+    uint64_t& state = states_[unit][c];
+    state = ApplyState(state, sums[cell.place], plan.step);
     if (cell.owner != index_) continue;
     const uint64_t block = s_.layout().block_elements();
     for (uint64_t at = cell.elements.begin; at < cell.elements.end; at = (at / block + 1) * block) {
-      squares.push_back({WeightSquare(weights_[unit][c], at), UpdateSquare(moment, at)});
+      squares.push_back({WeightSquare(weights_[unit][c], at), UpdateSquare(state, at)});
     }
   }
   return squares;
@@ -455,15 +457,24 @@ void Member::ApplyUnit(UnitIndex unit, const core::ApplyPlan& plan) {
     }
     const uint64_t steps = plan.parameter_steps[cell.parameter];
     uint64_t& weight = weights_[unit][c];
+    uint64_t& state = states_[unit][c];
     if (!s_.ByTensor(cell)) {
-      weight = Apply(weight, sums[cell.place], plan.step, steps);
+      weight = Apply(weight, sums[cell.place], state, steps);
+      state = ApplyState(state, sums[cell.place], plan.step);
       continue;
     }
     if (plan.squares.size() != plan.parameter_steps.size()) {
       Violate(absl::StrCat("unit ", unit, " is applied without the norms of its tensors"));
     }
     const core::TensorSquares& squares = plan.squares[cell.parameter];
-    weight = ApplyByTensor(weight, moments_[unit][c], squares.weight, squares.update, steps);
+    weight = ApplyByTensor(weight, state, squares.weight, squares.update, steps);
+  }
+}
+
+void Member::CheckProgress(Step step) const {
+  if (!(job_->progress() == world_->truth().outcome(step).progress)) {
+    Violate(absl::StrCat("invariant 3: member ", index_, " counts other steps of the parameters, "
+                         "or has another loss scale, after step ", step));
   }
 }
 
@@ -489,15 +500,18 @@ void Member::Do(core::StartPut& a) {
   world_->Happens(Moment::kPut);
   EntryStarts(a.seq);
   if (a.origin == index_) world_->wire(a.seq).values = slots_[a.slot]->transfer()[a.unit];
-  if (s_.spec.window.resident[a.unit]) window_->Scramble(a.unit);
-  world_->StartExchange(a.seq, index_, Hash(3, a.unit, a.origin, a.slot, a.begin, a.count),
+  const bool master = a.kind == core::StateKind::kMaster;
+  if (master && s_.spec.window.resident[a.unit]) window_->Scramble(a.unit);
+  world_->StartExchange(a.seq, index_, Hash(3, a.unit, a.origin, a.slot, a.begin, a.count, a.kind),
                         [=, this](bool ok) {
     if (!alive_ || ended_) return;
     const std::vector<uint64_t>& values = world_->wire(a.seq).values;
     for (size_t c = 0; c < values.size() && ok; ++c) {
-      if (s_.Keeps(index_, s_.cells[a.unit][c])) weights_[a.unit][c] = values[c];
+      const Cell& cell = s_.cells[a.unit][c];
+      if (!s_.Keeps(index_, cell) || (!master && !cell.trainable)) continue;
+      (master ? weights_ : states_)[a.unit][c] = values[c];
     }
-    if (ok && s_.spec.window.resident[a.unit]) window_->Fill(a.unit, values);
+    if (ok && master && s_.spec.window.resident[a.unit]) window_->Fill(a.unit, values);
     EntryDone(a.seq, ok);
   });
 }
@@ -508,10 +522,11 @@ void Member::Do(core::StartRead& a) {
   const std::vector<Cell>& cells = s_.cells[a.unit];
   wire.values.resize(cells.size());
   for (size_t c = 0; c < cells.size(); ++c) {
-    if (cells[c].owner == index_) wire.values[c] = weights_[a.unit][c];
+    const bool master = a.kind == core::StateKind::kMaster;
+    if (cells[c].owner == index_) wire.values[c] = (master ? weights_ : states_)[a.unit][c];
   }
   const auto process = a.origin == index_ ? slots_[a.slot] : nullptr;
-  world_->StartExchange(a.seq, index_, Hash(4, a.unit, a.origin, a.slot, a.begin, a.count),
+  world_->StartExchange(a.seq, index_, Hash(4, a.unit, a.origin, a.slot, a.begin, a.count, a.kind),
                         [=, this](bool ok) {
     if (!alive_ || ended_) return;
     if (ok && process != nullptr) {

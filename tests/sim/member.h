@@ -75,6 +75,8 @@ class Member {
   void Mark(SlotIndex slot, UnitIndex unit, Step step, bool last,
             const std::vector<bool>& touched);
   void CheckWeights(Step step, bool resident) const;
+  // What the optimizer counts behind `step`, before anything is restored for the next.
+  void CheckProgress(Step step) const;
 
  private:
   struct Marks {
@@ -129,7 +131,7 @@ class Member {
   const core::Partition partition_;
   std::vector<std::shared_ptr<Process>> slots_;
   std::vector<std::vector<uint64_t>> weights_;  // [unit][cell], of the cells that it keeps
-  std::vector<std::vector<uint64_t>> moments_;  // likewise, of what is updated by tensor
+  std::vector<std::vector<uint64_t>> states_;   // likewise, of the optimizer
   std::vector<std::vector<Marks>> marks_;       // [slot][unit]
   std::vector<Sums> accumulators_;              // [unit]
   std::vector<Step> accumulated_step_;

@@ -45,27 +45,27 @@ inline double Square(const Gradient& g) {
   return g.any ? static_cast<double>(1 + (g.order & 1023)) : 0.0;
 }
 
-// The optimizer.
-constexpr uint64_t Apply(uint64_t weight, const Gradient& g, uint64_t step,
+// The optimizer, of weights and of its state. The weight's is computed first.
+constexpr uint64_t Apply(uint64_t weight, const Gradient& g, uint64_t state,
                          uint64_t parameter_steps) {
-  return Hash(weight, g.sum, g.order, step, parameter_steps);
+  return Hash(weight, g.sum, g.order, state, parameter_steps);
+}
+constexpr uint64_t ApplyState(uint64_t state, const Gradient& g, uint64_t step) {
+  return Hash(state, g.sum, g.order, step);
 }
 
-// The first pass of an optimizer by tensor: its moment, and a piece's squares, small integers as
+// An optimizer by tensor. The first pass gives its state, and a piece's squares, small integers as
 // above.
-constexpr uint64_t FirstMoment(uint64_t moment, const Gradient& g, uint64_t step) {
-  return Hash(moment, g.sum, g.order, step);
-}
 constexpr double WeightSquare(uint64_t weight, uint64_t begin) {
   return static_cast<double>(1 + (Hash(weight, begin) & 1023));
 }
-constexpr double UpdateSquare(uint64_t moment, uint64_t begin) {
-  return static_cast<double>(1 + (Hash(moment, begin, 1) & 1023));
+constexpr double UpdateSquare(uint64_t state, uint64_t begin) {
+  return static_cast<double>(1 + (Hash(state, begin, 1) & 1023));
 }
 // The second, from the sums of the tensor's pieces.
-constexpr uint64_t ApplyByTensor(uint64_t weight, uint64_t moment, double weight_square,
+constexpr uint64_t ApplyByTensor(uint64_t weight, uint64_t state, double weight_square,
                                  double update_square, uint64_t parameter_steps) {
-  return Hash(weight, moment, static_cast<uint64_t>(weight_square),
+  return Hash(weight, state, static_cast<uint64_t>(weight_square),
               static_cast<uint64_t>(update_square), parameter_steps);
 }
 

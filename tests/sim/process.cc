@@ -143,7 +143,8 @@ bool Process::WaitsForDaemonAlone() const {
   if (!alive_ || !waiting_ || failed_) return false;
   return std::any_of(outstanding_.begin(), outstanding_.end(), [](const auto& r) {
     return r.second.kind == OpKind::kGather || r.second.kind == OpKind::kPut ||
-           r.second.kind == OpKind::kRead || r.second.kind == OpKind::kDetach;
+           r.second.kind == OpKind::kRead || r.second.kind == OpKind::kReadProgress ||
+           r.second.kind == OpKind::kDetach;
   });
 }
 
@@ -193,41 +194,50 @@ void Process::Deliver(const core::Complete& complete) {
       p.waiting_ = false;
     }
     if (!complete.status.ok()) return p.OnError(request, complete.status);
-    switch (request.kind) {
-      case OpKind::kScatter:
-        if (p.blocked_) {
-          p.waiting_ = false;
-          std::exchange(p.blocked_, nullptr)();
-        }
-        return;
-      case OpKind::kGather:
-        p.Held(request.unit);
-        break;
-      case OpKind::kReclaim: {
-        UnitGradients& g = p.gradients_[request.unit];
-        if (!p.s_.spec.node_sum && complete.result == 1) {
-          std::fill(g.touched.begin(), g.touched.end(), false);
-          g.landed = false;
-        }
-        g.last = g.posted = false;
-        break;
-      }
-      case OpKind::kRead:
-        if (p.transfer_[request.unit] != p.world_->truth().Before(p.step_)[request.unit]) {
-          Violate(absl::StrCat("rank ", p.rank_, " reads other values of unit ", request.unit,
-                               " in step ", p.step_));
-        }
-        break;
-      case OpKind::kStep:
-        return p.OnStepAnswer(complete);
-      case OpKind::kDetach:
-        p.done_ = true;
-        return p.Exit(true);
-      default:
-        break;
-    }
-    p.Continue();
+    p.OnAnswer(request, complete);
   });
+}
+
+void Process::OnAnswer(const Request& request, const core::Complete& complete) {
+  switch (request.kind) {
+    case OpKind::kScatter:
+      if (blocked_) {
+        waiting_ = false;
+        std::exchange(blocked_, nullptr)();
+      }
+      return;
+    case OpKind::kGather:
+      Held(request.unit);
+      break;
+    case OpKind::kReclaim: {
+      UnitGradients& g = gradients_[request.unit];
+      if (!s_.spec.node_sum && complete.result == 1) {
+        std::fill(g.touched.begin(), g.touched.end(), false);
+        g.landed = false;
+      }
+      g.last = g.posted = false;
+      break;
+    }
+    case OpKind::kRead:
+      CheckRead(request);
+      break;
+    case OpKind::kReadProgress:
+      CheckProgress(*complete.progress);
+      break;
+    case OpKind::kRestore:
+      loss_scale_ = *complete.loss_scale;
+      break;
+    case OpKind::kRestoreOther:
+      Violate("the ranks restore different values, and nobody says so");
+    case OpKind::kStep:
+      return OnStepAnswer(complete);
+    case OpKind::kDetach:
+      done_ = true;
+      return Exit(true);
+    default:
+      break;
+  }
+  Continue();
 }
 
 void Process::OnError(const Request& request, const absl::Status& status) {
@@ -245,6 +255,7 @@ void Process::OnError(const Request& request, const absl::Status& status) {
     if (request.kind == OpKind::kReclaim) gradients_[request.unit].last = false;
     return Continue();
   }
+  if (request.kind == OpKind::kRestoreOther && absl::IsInvalidArgument(status)) return Continue();
   bool refused = false;
   for (Rank r = 0; r < s_.world(); ++r) refused |= Disagrees(s_, r, step_, attempt_);
   refused |= s_.spec.refuse_untouched && LacksGradients(s_, step_, attempt_);
@@ -328,16 +339,24 @@ void Process::Perform(const Op& op) {
     case OpKind::kCollective:
       in_collective_ = true;
       return world_->Arrive(generation_, collectives_++, shared_from_this());
-    case OpKind::kPut: return Put(op.unit);
+    case OpKind::kPut: return Put(op.unit, op.state);
     case OpKind::kRead: {
       waiting_ = true;
       const uint64_t elements = s_.layout().units()[op.unit].elements;
-      Post({OpKind::kRead, op.unit}, [slot = slot_, u = op.unit, elements](core::Job& job,
-                                                                           uint64_t cookie) {
-        job.OnRead(slot, cookie, u, 0, elements, core::StateKind::kMaster);
-      });
+      Post({OpKind::kRead, op.unit, 0, op.state},
+           [slot = slot_, op, elements](core::Job& job, uint64_t cookie) {
+             job.OnRead(slot, cookie, op.unit, 0, elements, op.state);
+           });
       return;
     }
+    case OpKind::kReadProgress:
+      waiting_ = true;
+      Post({OpKind::kReadProgress},
+           [slot = slot_](core::Job& job, uint64_t cookie) { job.OnReadProgress(slot, cookie); });
+      return;
+    case OpKind::kRestore:
+    case OpKind::kRestoreOther:
+      return Restore(op.kind == OpKind::kRestoreOther);
     case OpKind::kQuiet: reading_ = false; break;
     case OpKind::kReading: StartReading(); break;
     case OpKind::kStall: return world_->Stall(shared_from_this());
@@ -402,13 +421,41 @@ void Process::Unhold(UnitIndex u) {
   hold_words_[u] = 0;
 }
 
-void Process::Put(UnitIndex u) {
+void Process::Put(UnitIndex u, core::StateKind state) {
   waiting_ = true;
   for (size_t c = 0; c < transfer_[u].size(); ++c) transfer_[u][c] = PutValue(s_, step_, u, c);
-  const uint64_t elements = s_.layout().units()[u].elements;
-  Post({OpKind::kPut, u}, [slot = slot_, u, elements](core::Job& job, uint64_t cookie) {
-    job.OnPut(slot, cookie, u, 0, elements);
-  });
+  const core::Unit& unit = s_.layout().units()[u];
+  const uint64_t elements =
+      state == core::StateKind::kMaster ? unit.elements : unit.trainable_elements;
+  Post({OpKind::kPut, u, 0, state},
+       [slot = slot_, u, elements, state](core::Job& job, uint64_t cookie) {
+         job.OnPut(slot, cookie, u, 0, elements, state);
+       });
+}
+
+void Process::Restore(bool other) {
+  waiting_ = true;
+  core::OptimizerProgress progress = *RestoreOf(s_, step_);
+  if (other && rank_ + 1 == s_.world()) ++progress.parameter_steps[0];
+  Post({other ? OpKind::kRestoreOther : OpKind::kRestore},
+       [slot = slot_, progress](core::Job& job, uint64_t cookie) {
+         job.OnRestore(slot, cookie, progress);
+       });
+}
+
+void Process::CheckRead(const Request& request) const {
+  const Truth& truth = world_->truth();
+  const bool master = request.state == core::StateKind::kMaster;
+  const Truth::Weights& expected = master ? truth.Before(step_) : truth.StateBefore(step_);
+  if (transfer_[request.unit] == expected[request.unit]) return;
+  Violate(absl::StrCat("rank ", rank_, " reads other values of unit ", request.unit, ", state ",
+                       static_cast<int>(request.state), ", in step ", step_));
+}
+
+void Process::CheckProgress(const core::OptimizerProgress& progress) const {
+  if (progress == world_->truth().Progress(step_)) return;
+  Violate(absl::StrCat("rank ", rank_, " is told of other steps of the parameters, or of another "
+                       "loss scale, in step ", step_));
 }
 
 // --- Gradients -----------------------------------------------------------------------------------

@@ -85,6 +85,7 @@ class Process : public std::enable_shared_from_this<Process> {
     OpKind kind;
     UnitIndex unit = 0;
     uint64_t offset = 0;
+    core::StateKind state = core::StateKind::kMaster;  // of PUT and READ
   };
 
   void TryAttach();
@@ -102,12 +103,16 @@ class Process : public std::enable_shared_from_this<Process> {
   void EndMicroStep();
   void SendStep();
   void EndStep();
+  void OnAnswer(const Request& request, const core::Complete& complete);
   void OnStepAnswer(const core::Complete& complete);
   void BeginStep();
   void OnError(const Request& request, const absl::Status& status);
   void CheckCopy(UnitIndex u) const;
   void StartReading();
-  void Put(UnitIndex u);
+  void Put(UnitIndex u, core::StateKind state);
+  void Restore(bool other);
+  void CheckRead(const Request& request) const;
+  void CheckProgress(const core::OptimizerProgress& progress) const;
   // Pushes a request into the ring; it reaches the job later, in order.
   uint64_t Post(Request request, std::function<void(core::Job&, uint64_t cookie)> call);
   void Hint(std::function<void(core::Job&)> call);

@@ -9,7 +9,7 @@
 namespace zerod::sim {
 namespace {
 
-enum Purpose : uint64_t { kShape = 1, kScript, kScriptOfRank, kPuts, kDisagree };
+enum Purpose : uint64_t { kShape = 1, kScript, kScriptOfRank, kPuts, kDisagree, kRestores };
 
 std::shared_ptr<const core::Layout> RandomLayout(Random* random) {
   core::ModelDescription model;
@@ -160,6 +160,7 @@ Scenario Scenario::FromSeed(uint64_t seed) {
     scale.fails_at_min = false;
   }
   spec.refuse_untouched = random.Percent(10);
+  s.restores = random.Percent(35);
   return s;
 }
 
@@ -181,7 +182,8 @@ std::string Scenario::Text() const {
       {spec.refuse_untouched, "refuse_untouched"},
       {divergent, "divergent"}, {unequal, "unequal"}, {late, "late"}, {pieces, "pieces"},
       {collectives, "collectives"}, {barriers, "barriers"}, {evaluation, "evaluation"},
-      {puts, "puts"}, {nonfinite, "nonfinite"}, {refuse, "refuse"}, {stall, "stall"},
+      {puts, "puts"}, {restores, "restores"},
+      {nonfinite, "nonfinite"}, {refuse, "refuse"}, {stall, "stall"},
       {overrun, "overrun"}, {restart_together, "restart_together"},
       {staging_slots < 1000, "bounded staging"}, {aside_refused_percent == 100, "none aside"}};
   for (const auto& [on, name] : flags) {
@@ -213,6 +215,7 @@ class Script {
   void Push(Op op) { ops_.push_back(op); }
   void Meet();
   void Puts();
+  void Restore();
   void Evaluate();
   void MicroStep(uint32_t micro_step, bool last, bool common);
   void Late(uint32_t micro_step);
@@ -258,10 +261,17 @@ void Script::Puts() {
   Push({OpKind::kQuiet});
   Push({OpKind::kScalar});
   if (puts->rank == rank_) {
-    for (UnitIndex u : puts->units) Push({OpKind::kPut, u});
+    for (UnitIndex u : puts->units) Push({OpKind::kPut, u, 0, 0, false, puts->state});
   }
   Push({OpKind::kScalar});
   Push({OpKind::kReading});
+}
+
+void Script::Restore() {
+  if (attempt_ > 0 || !RestoreOf(s_, step_).has_value()) return;
+  if (s_.world() > 1 && shared_.Percent(30)) Push({OpKind::kRestoreOther});
+  Push({OpKind::kRestore});
+  if (own_.Percent(50)) Push({OpKind::kReadProgress});
 }
 
 void Script::Evaluate() {
@@ -272,7 +282,9 @@ void Script::Evaluate() {
     Push({OpKind::kCompute});
     Push({OpKind::kRelease, u});
     if (own_.Percent(20)) Push({OpKind::kRead, u});
+    if (own_.Percent(20)) Push({OpKind::kRead, u, 0, 0, false, core::StateKind::kExpAvg});
   }
+  if (own_.Percent(50)) Push({OpKind::kReadProgress});
 }
 
 // Forward and backward pass. `common`: every rank does this one.
@@ -336,6 +348,7 @@ void Script::Late(uint32_t micro_step) {
 
 std::vector<Op> Script::Build() {
   Puts();
+  Restore();
   Evaluate();
   const uint32_t common = static_cast<uint32_t>(shared_.Between(1, 2));
   const uint32_t micro_steps =
@@ -353,6 +366,7 @@ std::vector<Op> Script::Build() {
 std::vector<Op> Script::Final() {
   Push({OpKind::kScalar});
   if (own_.Percent(50)) Push({OpKind::kRead, static_cast<UnitIndex>(own_.Below(s_.cells.size()))});
+  if (own_.Percent(50)) Push({OpKind::kReadProgress});
   const Rank who = static_cast<Rank>(shared_.Below(s_.world()));
   if (s_.overrun && who == rank_) {
     Push({OpKind::kScalar});
@@ -417,7 +431,25 @@ std::optional<PutOfStep> PutsOf(const Scenario& s, Step step) {
   if (!s.puts || step > s.steps || !random.Percent(60)) return std::nullopt;
   puts.rank = static_cast<Rank>(random.Below(s.world()));
   puts.units.push_back(static_cast<UnitIndex>(random.Below(units)));
+  if (random.Percent(40)) puts.state = core::StateKind::kExpAvg;
   return puts;
+}
+
+std::optional<core::OptimizerProgress> RestoreOf(const Scenario& s, Step step) {
+  Random random(Hash(s.seed, kRestores, step));
+  if (!s.restores || step > s.steps || !random.Percent(60)) return std::nullopt;
+  core::OptimizerProgress progress;
+  for (size_t p = 0; p < s.layout().parameters().size(); ++p) {
+    progress.parameter_steps.push_back(random.Below(1000));
+  }
+  if (s.spec.loss_scale.has_value() && random.Percent(80)) {
+    core::LossScalerState& scaler = progress.loss_scaler.emplace();
+    scaler.scale = static_cast<double>(8 << random.Below(8));
+    scaler.iterations = random.Between(1, 40);
+    scaler.last_overflow = static_cast<int64_t>(random.Below(scaler.iterations + 1)) - 1;
+    scaler.hysteresis = random.Between(1, 2);
+  }
+  return progress;
 }
 
 uint64_t PutValue(const Scenario& s, Step step, UnitIndex unit, size_t cell) {

@@ -44,6 +44,7 @@ enum class Moment : uint8_t {
   kMeasure,    // an owner starts the first pass of an optimizer by tensor
   kApply,      // an owner starts the optimizer on a unit
   kPut,
+  kRestore,    // a client is told that the progress is restored
   kLeave,      // a client detaches
   kCount,
 };
@@ -82,6 +83,7 @@ struct Scenario {
   bool barriers = false;      // SCALAR in the midst of a step
   bool evaluation = false;    // one rank gathers what the others do not
   bool puts = false;          // GatheredParameters between steps
+  bool restores = false;      // a checkpoint's progress is restored between steps
   bool nonfinite = false;     // some gradients are
   bool refuse = false;        // ranks disagree about a step's hyper-parameters
   bool stall = false;         // one rank stops until nothing else can move
@@ -107,6 +109,9 @@ struct Scenario {
 enum class OpKind : uint8_t {
   kGather, kRelease, kCompute, kLand, kScatter, kMicroStep, kReclaim, kScalar, kCollective, kPut,
   kRead,
+  kReadProgress,
+  kRestore,
+  kRestoreOther,  // the ranks restore different values: refused
   kQuiet,    // nobody reads parameters from here to kReading
   kReading,
   kStall, kStep, kDetach,
@@ -118,6 +123,7 @@ struct Op {
   uint32_t micro_step = 0;  // kLand
   uint64_t places = 0;      // kLand: bit i = the unit's i-th parameter
   bool last = false;        // kScatter
+  core::StateKind state = core::StateKind::kMaster;  // kPut, kRead
 };
 
 // What `rank` does in `step`; `attempt` counts the step's refusals.
@@ -130,12 +136,16 @@ bool Disagrees(const Scenario& s, Rank rank, Step step, uint32_t attempt);
 bool LacksGradients(const Scenario& s, Step step, uint32_t attempt);
 core::HyperParameters Hyper(const Scenario& s, Rank rank, Step step, uint32_t attempt);
 
-// PUT of a step: rank 0 initialises everything in step 1, later steps write one unit at times.
+// PUT of a step: rank 0 initialises everything in step 1, later steps write one unit at times, or
+// its state where `state` says so.
 struct PutOfStep {
   Rank rank = 0;
   std::vector<UnitIndex> units;
+  core::StateKind state = core::StateKind::kMaster;
 };
 std::optional<PutOfStep> PutsOf(const Scenario& s, Step step);
 uint64_t PutValue(const Scenario& s, Step step, UnitIndex unit, size_t cell);
+// What all ranks restore before `step`.
+std::optional<core::OptimizerProgress> RestoreOf(const Scenario& s, Step step);
 
 }  // namespace zerod::sim

@@ -13,20 +13,35 @@ void Violate(const std::string& text) { throw Violation{text}; }
 Truth::Truth(const Scenario* scenario) : s_(*scenario) {
   Weights& zeros = after_[0];
   for (const std::vector<Cell>& cells : s_.cells) zeros.emplace_back(cells.size(), 0);
-  moments_ = zeros;
-  parameter_steps_.assign(s_.layout().parameters().size(), 0);
-  if (s_.spec.loss_scale.has_value()) loss_scaler_.emplace(*s_.spec.loss_scale);
+  state_after_[0] = zeros;
+  core::OptimizerProgress& progress = progress_after_[0];
+  progress.parameter_steps.assign(s_.layout().parameters().size(), 0);
+  if (s_.spec.loss_scale.has_value()) {
+    progress.loss_scaler = core::LossScaler(*s_.spec.loss_scale).state();
+  }
   PrepareBefore(1);
 }
 
 void Truth::PrepareBefore(Step step) {
   Weights w = after_.at(step - 1);
+  Weights state = state_after_.at(step - 1);
   if (const std::optional<PutOfStep> puts = PutsOf(s_, step)) {
+    const bool master = puts->state == core::StateKind::kMaster;
     for (UnitIndex u : puts->units) {
-      for (size_t c = 0; c < w[u].size(); ++c) w[u][c] = PutValue(s_, step, u, c);
+      for (size_t c = 0; c < w[u].size(); ++c) {
+        if (!master && !s_.cells[u][c].trainable) continue;
+        (master ? w : state)[u][c] = PutValue(s_, step, u, c);
+      }
     }
   }
   before_[step] = std::move(w);
+  state_before_[step] = std::move(state);
+  core::OptimizerProgress progress = progress_after_.at(step - 1);
+  if (const std::optional<core::OptimizerProgress> restored = RestoreOf(s_, step)) {
+    progress.parameter_steps = restored->parameter_steps;
+    if (restored->loss_scaler.has_value()) progress.loss_scaler = restored->loss_scaler;
+  }
+  progress_before_[step] = std::move(progress);
 }
 
 // The gradient of one parameter in the order of sums that DESIGN promises: per_rank adds
@@ -92,8 +107,10 @@ Gradient Truth::Sum(const std::vector<std::shared_ptr<Process>>& processes, Unit
   return total;
 }
 
+// An optimizer by tensor has its state of this step before its weights.
 void Truth::ApplyStep(const Outcome& outcome, const std::vector<Gradient>& gradients, Step step,
-                      Weights* weights) {
+                      const core::OptimizerProgress& before, Weights* weights,
+                      Weights* states) const {
   std::vector<double> weight_squares(gradients.size(), 0.0);
   std::vector<double> update_squares(gradients.size(), 0.0);
   const auto for_each = [&](const auto& visit) {
@@ -101,29 +118,34 @@ void Truth::ApplyStep(const Outcome& outcome, const std::vector<Gradient>& gradi
       for (size_t c = 0; c < s_.cells[u].size(); ++c) {
         const Cell& cell = s_.cells[u][c];
         if (!cell.trainable || !outcome.touched[cell.parameter]) continue;
-        visit(cell, &(*weights)[u][c], &moments_[u][c]);
+        visit(cell, &(*weights)[u][c], &(*states)[u][c]);
       }
     }
   };
-  for_each([&](const Cell& cell, const uint64_t* weight, uint64_t* moment) {
+  for_each([&](const Cell& cell, const uint64_t* weight, uint64_t* state) {
     if (!s_.ByTensor(cell)) return;
-    *moment = FirstMoment(*moment, gradients[cell.parameter], step);
+    *state = ApplyState(*state, gradients[cell.parameter], step);
     const uint64_t block = s_.layout().block_elements();
     for (uint64_t at = cell.elements.begin; at < cell.elements.end; at = (at / block + 1) * block) {
       weight_squares[cell.parameter] += WeightSquare(*weight, at);
-      update_squares[cell.parameter] += UpdateSquare(*moment, at);
+      update_squares[cell.parameter] += UpdateSquare(*state, at);
     }
   });
-  for_each([&](const Cell& cell, uint64_t* weight, const uint64_t* moment) {
-    const uint64_t steps = parameter_steps_[cell.parameter] + 1;
-    *weight = s_.ByTensor(cell)
-                  ? ApplyByTensor(*weight, *moment, weight_squares[cell.parameter],
-                                  update_squares[cell.parameter], steps)
-                  : Apply(*weight, gradients[cell.parameter], step, steps);
+  for_each([&](const Cell& cell, uint64_t* weight, uint64_t* state) {
+    const uint64_t steps = before.parameter_steps[cell.parameter] + 1;
+    const Gradient& g = gradients[cell.parameter];
+    if (s_.ByTensor(cell)) {
+      *weight = ApplyByTensor(*weight, *state, weight_squares[cell.parameter],
+                              update_squares[cell.parameter], steps);
+      return;
+    }
+    *weight = Apply(*weight, g, *state, steps);
+    *state = ApplyState(*state, g, step);
   });
 }
 
-void Truth::Commit(Step step, const std::vector<std::shared_ptr<Process>>& processes) {
+void Truth::CheckCommit(Step step,
+                        const std::vector<std::shared_ptr<Process>>& processes) const {
   if (step != committed_ + 1) {
     Violate(absl::StrCat("step ", step, " is committed after step ", committed_));
   }
@@ -140,8 +162,14 @@ void Truth::Commit(Step step, const std::vector<std::shared_ptr<Process>>& proce
   if (s_.spec.refuse_untouched && LacksGradients(s_, step, processes[0]->attempt())) {
     Violate(absl::StrCat("step ", step, " is committed without every gradient"));
   }
+}
+
+void Truth::Commit(Step step, const std::vector<std::shared_ptr<Process>>& processes) {
+  CheckCommit(step, processes);
   Outcome& outcome = outcomes_[step];
   Weights w = before_.at(step);
+  Weights state = state_before_.at(step);
+  core::OptimizerProgress progress = progress_before_.at(step);
   const auto& parameters = s_.layout().parameters();
   outcome.touched.assign(parameters.size(), false);
   std::vector<Gradient> gradients(parameters.size());
@@ -163,18 +191,23 @@ void Truth::Commit(Step step, const std::vector<std::shared_ptr<Process>>& proce
     }
   }
   outcome.skip = nonfinite && s_.spec.skip_nonfinite;
-  if (loss_scaler_.has_value()) {
-    outcome.loss_scale = loss_scaler_->scale();
-    if (!loss_scaler_->Update(outcome.skip).ok()) Violate("a scale that never fails did");
-    outcome.next_loss_scale = loss_scaler_->scale();
+  if (progress.loss_scaler.has_value()) {
+    core::LossScaler scaler(*s_.spec.loss_scale);
+    scaler.Restore(*progress.loss_scaler);
+    outcome.loss_scale = scaler.scale();
+    if (!scaler.Update(outcome.skip).ok()) Violate("a scale that never fails did");
+    outcome.next_loss_scale = scaler.scale();
+    progress.loss_scaler = scaler.state();
   }
   outcome.grad_norm =
       std::sqrt(squares) / (static_cast<double>(s_.world()) * outcome.loss_scale);
-  if (!outcome.skip) ApplyStep(outcome, gradients, step, &w);
+  if (!outcome.skip) ApplyStep(outcome, gradients, step, progress, &w, &state);
   for (size_t p = 0; p < parameters.size() && !outcome.skip; ++p) {
-    if (outcome.touched[p]) ++parameter_steps_[p];
+    if (outcome.touched[p]) ++progress.parameter_steps[p];
   }
-  outcome.parameter_steps = parameter_steps_;
+  outcome.progress = progress;
+  progress_after_[step] = std::move(progress);
+  state_after_[step] = std::move(state);
   after_[step] = std::move(w);
   committed_ = step;
   PrepareBefore(step + 1);

@@ -19,6 +19,7 @@ uint64_t Fingerprint(const core::Entry& e) {
                     e.wants, e.origin, e.slot, e.begin, e.count, e.ordinal, e.rank,
                     static_cast<uint64_t>(e.decision.kind), e.norm_needed);
   for (const bool t : e.decision.touched) h = Mix(h, t);
+  h = Mix(h, e.restore.Hash().low);
   return h;
 }
 
@@ -282,6 +283,7 @@ void World::CheckEnd() {
   }
   for (const auto& m : members_) {
     m->CheckWeights(s_.steps, false);
+    m->CheckProgress(s_.steps);
     if (m->job().state() != core::JobState::kEnded) {
       Violate(absl::StrCat("member ", m->index(), " did not end well: ",
                            m->job().failure().ToString()));

@@ -39,13 +39,17 @@ class Truth {
     double loss_scale = 1;  // what this step's gradients came with
     double next_loss_scale = 1;
     std::vector<bool> touched;
-    std::vector<uint64_t> parameter_steps;
+    core::OptimizerProgress progress;  // behind it
   };
 
   explicit Truth(const Scenario* scenario);
   Step committed() const { return committed_; }
   // What a gather in `step` must see; `step` = committed() + 1 or that step itself.
   const Weights& Before(Step step) const { return before_.at(step); }
+  // The optimizer's state then.
+  const Weights& StateBefore(Step step) const { return state_before_.at(step); }
+  // What the optimizer counts in `step`: restored, if it is to be, and not committed.
+  const core::OptimizerProgress& Progress(Step step) const { return progress_before_.at(step); }
   // After step `step` and before any PUT of the next.
   const Weights& After(Step step) const { return after_.at(step); }
   const Outcome& outcome(Step step) const { return outcomes_.at(step); }
@@ -56,16 +60,18 @@ class Truth {
   Gradient Sum(const std::vector<std::shared_ptr<Process>>& processes, UnitIndex unit,
                uint32_t place) const;
   void PrepareBefore(Step step);
+  void CheckCommit(Step step, const std::vector<std::shared_ptr<Process>>& processes) const;
   void ApplyStep(const Outcome& outcome, const std::vector<Gradient>& gradients, Step step,
-                 Weights* weights);
+                 const core::OptimizerProgress& before, Weights* weights, Weights* states) const;
 
   const Scenario& s_;
   Step committed_ = 0;
-  std::vector<uint64_t> parameter_steps_;
-  Weights moments_;  // of what is updated by tensor
-  std::optional<core::LossScaler> loss_scaler_;
+  std::map<Step, core::OptimizerProgress> progress_before_;
+  std::map<Step, core::OptimizerProgress> progress_after_;
   std::map<Step, Weights> before_;
   std::map<Step, Weights> after_;
+  std::map<Step, Weights> state_before_;
+  std::map<Step, Weights> state_after_;
   std::map<Step, Outcome> outcomes_;
 };
 

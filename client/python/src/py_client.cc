@@ -2,12 +2,14 @@
 #include "client/python/src/py_client.h"
 
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -65,6 +67,26 @@ client::ScalarOp ParseOp(const std::string& name) {
   if (name == "max") return client::ScalarOp::kMax;
   Raise(absl::InvalidArgumentError("the operation is \"" + name +
                                    "\"; it must be \"sum\", \"mean\", \"min\" or \"max\""));
+}
+
+template <typename T>
+T LossScalerValue(const nb::dict& state, const char* key) {
+  T value{};
+  if (!state.contains(key) || !nb::try_cast<T>(state[key], value)) {
+    Raise(absl::InvalidArgumentError(
+        std::string("the loss scaler's state has no number \"") + key +
+        "\": give what loss_scaler() returned"));
+  }
+  return value;
+}
+
+client::LossScalerState ParseLossScaler(const nb::dict& state) {
+  client::LossScalerState result;
+  result.scale = LossScalerValue<double>(state, "cur_scale");
+  result.iterations = LossScalerValue<uint64_t>(state, "cur_iter");
+  result.last_overflow = LossScalerValue<int64_t>(state, "last_overflow_iter");
+  result.hysteresis = LossScalerValue<uint64_t>(state, "cur_hysteresis");
+  return result;
 }
 
 // Runs `call` without the GIL. A signal handler that raised meanwhile is heard, whatever came of
@@ -143,10 +165,12 @@ class PyClient {
     return Take(WithoutGil([&] { return client->Step(request); }));
   }
 
-  void Put(uint32_t unit, uint64_t begin, uintptr_t data, uint64_t count) const {
+  void Put(uint32_t unit, uint64_t begin, uintptr_t data, uint64_t count,
+           const std::string& kind) const {
     const std::shared_ptr<Client> client = Get();
+    const client::StateKind state = ParseKind(kind);
     Check(WithoutGil([&] {
-      return client->Put(unit, begin, reinterpret_cast<const float*>(data), count);
+      return client->Put(unit, begin, reinterpret_cast<const float*>(data), count, state);
     }));
   }
 
@@ -157,6 +181,31 @@ class PyClient {
     Check(WithoutGil([&] {
       return client->Read(unit, begin, reinterpret_cast<float*>(data), count, state);
     }));
+  }
+
+  std::vector<uint64_t> OptimizerSteps() const {
+    const std::shared_ptr<Client> client = Get();
+    return Take(WithoutGil([&] { return client->ReadProgress(); })).parameter_steps;
+  }
+
+  std::optional<nb::dict> LossScaler() const {
+    const std::shared_ptr<Client> client = Get();
+    const auto progress = Take(WithoutGil([&] { return client->ReadProgress(); }));
+    if (!progress.loss_scaler.has_value()) return std::nullopt;
+    nb::dict state;
+    state["cur_scale"] = progress.loss_scaler->scale;
+    state["cur_iter"] = progress.loss_scaler->iterations;
+    state["last_overflow_iter"] = progress.loss_scaler->last_overflow;
+    state["cur_hysteresis"] = progress.loss_scaler->hysteresis;
+    return state;
+  }
+
+  void Restore(std::vector<uint64_t> steps, const std::optional<nb::dict>& loss_scaler) const {
+    const std::shared_ptr<Client> client = Get();
+    client::OptimizerProgress progress;
+    progress.parameter_steps = std::move(steps);
+    if (loss_scaler.has_value()) progress.loss_scaler = ParseLossScaler(*loss_scaler);
+    Check(WithoutGil([&] { return client->Restore(progress); }));
   }
 
   std::vector<double> AllReduce(const std::vector<double>& values, const std::string& op) const {
@@ -399,9 +448,13 @@ void DefineClient(nb::module_& m) {
            "unit"_a)
       .def("step", &PyClient::Step, "groups"_a, nb::kw_only(), "max_norm"_a = 0.0,
            "loss_scale"_a = 1.0, "want_norm"_a = false, "blob"_a = nb::bytes("", 0))
-      .def("put", &PyClient::Put, "unit"_a, "begin"_a, "data_ptr"_a, "count"_a)
+      .def("put", &PyClient::Put, "unit"_a, "begin"_a, "data_ptr"_a, "count"_a,
+           "kind"_a = "master")
       .def("read", &PyClient::Read, "unit"_a, "begin"_a, "data_ptr"_a, "count"_a,
            "kind"_a = "master")
+      .def("optimizer_steps", &PyClient::OptimizerSteps)
+      .def("loss_scaler", &PyClient::LossScaler)
+      .def("restore", &PyClient::Restore, "steps"_a, "loss_scaler"_a.none() = nb::none())
       .def("all_reduce", &PyClient::AllReduce, "values"_a, "op"_a = "sum")
       .def("barrier", [](const PyClient& p) { p.AllReduce({}, "sum"); })
       .def("client_state",

@@ -7,74 +7,103 @@
         engine.backward(loss)
         engine.step()
 
-docs/pytorch.md says what of PyTorch works with it.
+docs/pytorch.md says what of PyTorch works with it; docs/from-deepspeed.md how a script that was
+written for DeepSpeed runs on it. Names are loaded when they are first used: importing the package
+costs nothing.
 """
 
-from zerod._zerod import __version__
-from zerod.collectives import all_reduce, barrier
-from zerod.engine import Engine
-from zerod.errors import (
-    Aborted,
-    AlreadyExists,
-    DeadlineExceeded,
-    FailedPrecondition,
-    Internal,
-    InvalidArgument,
-    ModelError,
-    PermissionDenied,
-    ResourceExhausted,
-    Unavailable,
-    UserWriteError,
-    ZerodError,
-)
-from zerod.gathered import GatheredParameters
-from zerod.initialization import initialize
-from zerod.leaf import (
-    get_z3_leaf_modules,
-    set_z3_leaf_module,
-    set_z3_leaf_modules,
-    set_z3_leaf_modules_by_name,
-    set_z3_leaf_modules_by_suffix,
-    unset_z3_leaf_modules,
-    z3_leaf_module,
-)
-from zerod.loader import Loader
-from zerod.optimizer import SGD, Adagrad, Adam, AdamW, Lamb, Lion, Muon
-from zerod.schedule import WarmupLR
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "SGD",
-    "Aborted",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "AlreadyExists",
-    "DeadlineExceeded",
-    "Engine",
-    "FailedPrecondition",
-    "GatheredParameters",
-    "Internal",
-    "InvalidArgument",
-    "Lamb",
-    "Lion",
-    "Loader",
-    "ModelError",
-    "Muon",
-    "PermissionDenied",
-    "ResourceExhausted",
-    "Unavailable",
-    "UserWriteError",
-    "WarmupLR",
-    "ZerodError",
-    "__version__",
-    "all_reduce",
-    "barrier",
-    "get_z3_leaf_modules",
-    "initialize",
-    "set_z3_leaf_module",
-    "set_z3_leaf_modules",
-    "set_z3_leaf_modules_by_name",
-    "set_z3_leaf_modules_by_suffix",
-    "unset_z3_leaf_modules",
-    "z3_leaf_module",
-]
+if TYPE_CHECKING:
+    from zerod import zero
+    from zerod._zerod import __version__
+    from zerod.as_deepspeed import enable_as_deepspeed
+    from zerod.collectives import all_reduce, barrier
+    from zerod.engine import Engine
+    from zerod.errors import (
+        Aborted,
+        AlreadyExists,
+        CheckpointError,
+        DeadlineExceeded,
+        FailedPrecondition,
+        Internal,
+        InvalidArgument,
+        ModelError,
+        PermissionDenied,
+        ResourceExhausted,
+        Unavailable,
+        UserWriteError,
+        ZerodError,
+    )
+    from zerod.external import register_external_parameter, unregister_external_parameter
+    from zerod.gathered import GatheredParameters
+    from zerod.initialization import initialize
+    from zerod.leaf import (
+        get_z3_leaf_modules,
+        set_z3_leaf_module,
+        set_z3_leaf_modules,
+        set_z3_leaf_modules_by_name,
+        set_z3_leaf_modules_by_suffix,
+        unset_z3_leaf_modules,
+        z3_leaf_module,
+    )
+    from zerod.loader import Loader
+    from zerod.optimizer import SGD, Adagrad, Adam, AdamW, Lamb, Lion, Muon
+    from zerod.parameter_status import ZeroParamStatus
+    from zerod.schedule import WarmupLR
+
+_HOMES = {
+    "_zerod": ("__version__",),
+    "as_deepspeed": ("enable_as_deepspeed",),
+    "collectives": ("all_reduce", "barrier"),
+    "engine": ("Engine",),
+    "errors": (
+        "Aborted",
+        "AlreadyExists",
+        "CheckpointError",
+        "DeadlineExceeded",
+        "FailedPrecondition",
+        "Internal",
+        "InvalidArgument",
+        "ModelError",
+        "PermissionDenied",
+        "ResourceExhausted",
+        "Unavailable",
+        "UserWriteError",
+        "ZerodError",
+    ),
+    "external": ("register_external_parameter", "unregister_external_parameter"),
+    "gathered": ("GatheredParameters",),
+    "initialization": ("initialize",),
+    "leaf": (
+        "get_z3_leaf_modules",
+        "set_z3_leaf_module",
+        "set_z3_leaf_modules",
+        "set_z3_leaf_modules_by_name",
+        "set_z3_leaf_modules_by_suffix",
+        "unset_z3_leaf_modules",
+        "z3_leaf_module",
+    ),
+    "loader": ("Loader",),
+    "optimizer": ("SGD", "Adagrad", "Adam", "AdamW", "Lamb", "Lion", "Muon"),
+    "parameter_status": ("ZeroParamStatus",),
+    "schedule": ("WarmupLR",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = sorted([*_HOME_OF, "zero"])  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name == "zero":
+        return importlib.import_module("zerod.zero")
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'zerod' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"zerod.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -292,8 +292,18 @@ class Client:
         want_norm: bool = False,
         blob: bytes = b"",
     ) -> StepResult: ...
-    def put(self, unit: int, begin: int, data_ptr: int, count: int) -> None:
-        """Writes `count` float32 values at `data_ptr` into elements [begin, begin + count)."""
+    def put(
+        self,
+        unit: int,
+        begin: int,
+        data_ptr: int,
+        count: int,
+        kind: Literal["master", "exp_avg", "exp_avg_sq"] = "master",
+    ) -> None:
+        """Writes `count` float32 values at `data_ptr` into elements [begin, begin + count), on all
+        nodes: of the master copy (nobody may hold the unit), or of the first or second tensor of
+        the optimizer's state, which trainable elements have. Order it by barriers.
+        InvalidArgument where the job has no such state."""
     def read(
         self,
         unit: int,
@@ -303,6 +313,16 @@ class Client:
         kind: Literal["master", "exp_avg", "exp_avg_sq"] = "master",
     ) -> None:
         """Fills `count` float32 values at `data_ptr`."""
+    def optimizer_steps(self) -> list[int]:
+        """Per parameter, in the order given to attach(): the applied steps that the optimizer
+        counts (Adam's t). Needs no other rank."""
+    def loss_scaler(self) -> dict[str, Any] | None:
+        """The state of the loss scaler: cur_scale, cur_iter, last_overflow_iter, cur_hysteresis, as
+        DeepSpeed's DynamicLossScaler has them. None but in fp16. Needs no other rank."""
+    def restore(self, steps: Sequence[int], loss_scaler: dict[str, Any] | None = None) -> None:
+        """Sets what optimizer_steps() and loss_scaler() tell, on all nodes at once. Collective:
+        every rank calls it between steps, with equal arguments; where they differ all get
+        InvalidArgument. Without a `loss_scaler` that of the job stays as it is."""
     def all_reduce(
         self, values: Sequence[float], op: Literal["sum", "mean", "min", "max"] = "sum"
     ) -> list[float]: ...

@@ -97,10 +97,18 @@ class BackwardPass:
         self._explicit = False
         self.needs_scale = False  # gradients must come from a loss that was scaled
         self.scaled = False  # it was, for the next pass
-        for managed in self.trainable:
+        self._handles = [
             managed.parameter.register_post_accumulate_grad_hook(
                 partial(self._on_gradient, managed.index)
             )
+            for managed in self.trainable
+        ]
+
+    def remove(self) -> None:
+        """Gradients stay in .grad from now on."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     # --- Where a pass begins and ends.
 

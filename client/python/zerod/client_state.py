@@ -16,7 +16,7 @@ from torch import nn
 
 from zerod.weights import model_buffers
 
-FORMAT = 1
+FORMAT = 2
 _ALWAYS_BYTES_MAX = 4096
 
 
@@ -44,11 +44,18 @@ class ClientState:
             )
         return blob
 
+    @staticmethod
+    def peek(blob: bytes) -> dict[str, Any]:
+        """The other parts; nothing is put back."""
+        state: dict[str, Any] = pickle.loads(blob)
+        if state["format"] != FORMAT:
+            raise RuntimeError("the job's state was written by another version of this package")
+        return state
+
     def restore(self, blob: bytes) -> dict[str, Any]:
         """Puts generators and buffers back; the other parts are returned."""
-        state = pickle.loads(blob)
-        if state.pop("format") != FORMAT:
-            raise RuntimeError("the job's state was written by another version of this package")
+        state = self.peek(blob)
+        del state["format"]
         restore_random(state.pop("random"))
         buffers = model_buffers(self._model)
         for name, value in state.pop("buffers").items():

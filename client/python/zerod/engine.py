@@ -2,7 +2,8 @@
 """The engine: the model as the training loop uses it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from zerod import at_exit, collectives, garbage, gathered
 from zerod.backward import BackwardPass
 from zerod.client_state import ClientState
+from zerod.further import Further
 from zerod.hooks import Gathering, Trace
 from zerod.launch import Launch
 from zerod.loader import Loader
@@ -19,6 +21,9 @@ from zerod.model import ModelDescription, tensors_in
 from zerod.optimizer import Optimizer
 from zerod.precision import Precision
 from zerod.progress import Progress, momenta, watched
+from zerod.replay import Replay
+from zerod.saving import Saving
+from zerod.settings import Settings
 from zerod.versions import Versions
 from zerod.weights import StateDictHooks, Weights, check_state, model_buffers
 
@@ -36,9 +41,10 @@ class EngineParts:
     training_dataloader: Loader | None
     config: dict[str, Any]
     launch: Launch
+    replays: bool = False  # a resumed job lets the script run up to where it stands
 
 
-class Engine(nn.Module):
+class Engine(Settings, Saving, Further, nn.Module):
     """Wraps a model whose parameters live in the daemon.
 
         loss = engine(batch)
@@ -62,6 +68,8 @@ class Engine(nn.Module):
         self.device = torch.device("cpu")
         self.global_rank = parts.launch.rank
         self.local_rank = parts.launch.local_rank
+        self.node_rank = parts.launch.node_rank
+        self.nodes = parts.launch.nodes
         self.world_size = self.dp_world_size = parts.launch.world
         self.micro_steps = 0
         self.global_steps = 0
@@ -70,6 +78,7 @@ class Engine(nn.Module):
         self.want_grad_norm: bool = zero["compute_grad_norm"]
         self.client_state: dict[str, Any] = {}
         self._forced_boundary: bool | None = None
+        self._inside_no_sync = False
         self._grad_norm: float | None = None
         self._step_applied = False
         self._lr_kwargs: dict[str, Any] = {}  # of the step being made
@@ -88,10 +97,13 @@ class Engine(nn.Module):
         limit = self.config["zerod"]["client_state_bytes_max"]
         self._state = ClientState(self.module, limit)
         self.progress = Progress(self.config, self.global_rank)
-        for managed in self.description.parameters:
-            gathered.owners[id(managed.parameter)] = (self, managed.index)
+        self.access = gathered.EngineAccess(self)
         self.resumed_step: int = self.client.resumed_step
-        if self.resumed_step:
+        self._skipped_at: list[int] = []
+        self._replay: Replay | None = None
+        if self.resumed_step and parts.replays:
+            self._replay = self._plan_replay()
+        elif self.resumed_step:
             self._resume()
         self._tell_optimizer(overflow=self.client.resumed_skipped)
         if self.config["disable_python_gc"]:
@@ -106,9 +118,14 @@ class Engine(nn.Module):
         self.versions.check()
         self.backward_pass.abandon()
         args, kwargs = self.precision.inputs(args, kwargs)
-        with self.gathering.forward(), self.precision.autocast():
+        differentiate = torch.is_grad_enabled() and not self.replaying
+        with (
+            torch.set_grad_enabled(differentiate),
+            self.gathering.forward(),
+            self.precision.autocast(),
+        ):
             output = self.module(*args, **kwargs)
-        if torch.is_grad_enabled():
+        if differentiate:
             for tensor in tensors_in(output):
                 if tensor.grad_fn is not None:
                     # The first hook of a backward pass tells which graph task is the outermost.
@@ -126,6 +143,8 @@ class Engine(nn.Module):
         May be called several times between two calls of step()."""
         steps = self.gradient_accumulation_steps()
         divided = loss / steps if scale_wrt_gas and steps > 1 else loss
+        if self.replaying:
+            return divided
         try:
             with self.backward_pass.explicit():
                 self.scale(divided).backward(retain_graph=retain_graph)
@@ -145,11 +164,16 @@ class Engine(nn.Module):
         """The end of a micro-step. At the accumulation boundary the optimizer runs, on all ranks:
         it returns when the new weights may be read."""
         boundary = self.is_gradient_accumulation_boundary()
+        if self._inside_no_sync:
+            raise AssertionError("It is illegal to call Engine.step() inside no_sync")
         if not boundary:
             self.micro_steps += 1
+            self._step_applied = False
             return
         if self.optimizer is None:
             raise RuntimeError("there is no optimizer: pass one, or configure \"optimizer\"")
+        if self._replay is not None:
+            return self._replay_step(self._replay, lr_kwargs or {})
         self.versions.check()
         self.gathering.reset()
         self.backward_pass.flush()
@@ -172,20 +196,21 @@ class Engine(nn.Module):
         self._tell_optimizer(overflow=result.skipped)
         if result.skipped:
             self.skipped_steps += 1
+            self._skipped_at.append(self.global_steps)
         else:
             self._step_scheduler(self._lr_kwargs)
 
     def _tell_optimizer(self, overflow: bool) -> None:
         if self.optimizer is not None:
+            self.optimizer.mark_stepped()
             self.optimizer.overflow = overflow
             self.optimizer.loss_scale = self.client.loss_scale
 
     def _step_scheduler(self, lr_kwargs: dict[str, Any]) -> None:
         if self.lr_scheduler is None:
             return
-        optimizer = getattr(self.lr_scheduler, "optimizer", None)
-        if optimizer is not None:
-            optimizer._opt_called = True  # torch's schedulers warn without it
+        if self.optimizer is not None:
+            self.optimizer.mark_stepped()
         self.lr_scheduler.step(**lr_kwargs)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -207,6 +232,34 @@ class Engine(nn.Module):
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """From now on the caller says which micro-step is the last, before its backward()."""
         self._forced_boundary = is_boundary
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, no micro-step is the step's last. As in DeepSpeed: below stage 2, without
+        step() inside. (Nothing crosses the network before the last micro-step in any case.)"""
+        stage = self.zero_optimization_stage()
+        assert stage < 2, (
+            "no_sync context manager is incompatible with gradient partitioning logic of ZeRO "
+            f"stage {stage}"
+        )
+        assert not self._inside_no_sync, "no_sync context manager reentry is unsupported"
+        forced, self._forced_boundary = self._forced_boundary, False
+        self._inside_no_sync = True
+        try:
+            yield
+        finally:
+            self._inside_no_sync = False
+            self._forced_boundary = forced
+
+    @contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """Several calls of backward() inside are one step's: their sum crosses the network once,
+        with step() after it."""
+        forced, self._forced_boundary = self._forced_boundary, False
+        try:
+            yield
+        finally:
+            self._forced_boundary = forced
 
     # --- State.
 
@@ -246,16 +299,14 @@ class Engine(nn.Module):
             raise problem
         if refused:
             raise RuntimeError("another rank's state_dict does not fit the model")
-        self.gathering.reset()
-        self.client.barrier()
+        self.begin_write()
         if self.global_rank == 0:
             self._put_state(state_dict)
         with torch.no_grad():
             for name, buffer in model_buffers(self.module, persistent_only=True).items():
                 if name in state_dict:
                     buffer.copy_(state_dict[name])
-        self.client.barrier()
-        self.versions.bump(all_parameters=True)
+        self.end_write()
         return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
     def _put_state(self, state_dict: Mapping[str, Any]) -> None:
@@ -267,17 +318,53 @@ class Engine(nn.Module):
         for identity, value in values.items():
             self.weights.put(of_parameter[identity], value)
 
+    def begin_write(self) -> None:
+        """Before parameters are written, on every rank; end_write() is after it."""
+        if self.backward_pass.has_gradients:
+            raise RuntimeError(
+                "gradients of the current weights are on their way: write parameters after "
+                "engine.step()"
+            )
+        self.versions.check()
+        self.gathering.reset()
+        self.client.barrier()  # nobody reads the old values any more
+
+    def end_write(self) -> None:
+        self.client.barrier()
+        self.versions.bump(all_parameters=True)
+
+    def rank_state(self) -> bytes:
+        """What this rank has beside the daemons' state, between steps: for a checkpoint."""
+        return self._state.capture(self._state_parts())
+
+    def restore_rank_state(
+        self, blob: bytes, same_world: bool, lr_scheduler: bool, groups: bool
+    ) -> None:
+        """What rank_state() gave. Without `same_world` it is of a job with another number of
+        ranks: what is each rank's own then stays as it is."""
+        if same_world:
+            parts = self._state.restore(blob)
+        else:
+            parts = self._state.peek(blob)
+            parts["micro_steps"] = parts["global_steps"] * self.gradient_accumulation_steps()
+            parts.pop("loader", None)
+            parts["gradient_counts"] = None
+        self._adopt(parts, lr_scheduler, groups)
+
     def _state_parts(self) -> dict[str, Any]:
         parts: dict[str, Any] = {
             "micro_steps": self.micro_steps,
+            "global_steps": self.global_steps,
             "skipped_steps": self.skipped_steps,
+            "skipped_at": self._skipped_at,
             "user": self.client_state,
             "gradient_counts": self.backward_pass.expectation.state(),
-            "groups": [
-                {key: value for key, value in group.items() if key != "params"}
-                for group in self.optimizer.param_groups  # type: ignore[union-attr]
-            ],
         }
+        if self.optimizer is not None:
+            parts["groups"] = [
+                {key: value for key, value in group.items() if key != "params"}
+                for group in self.optimizer.param_groups
+            ]
         if self.lr_scheduler is not None:
             parts["lr_scheduler"] = self.lr_scheduler.state_dict()
             parts["lr_kwargs"] = self._lr_kwargs
@@ -285,26 +372,94 @@ class Engine(nn.Module):
             parts["loader"] = self.training_dataloader.state_dict()
         return parts
 
+    def _adopt(self, parts: dict[str, Any], lr_scheduler: bool = True, groups: bool = True) -> None:
+        self.micro_steps = parts["micro_steps"]
+        self.global_steps = parts["global_steps"]
+        self.skipped_steps = parts["skipped_steps"]
+        self._skipped_at = list(parts["skipped_at"])
+        self.client_state = parts["user"]
+        counts = parts["gradient_counts"]
+        if counts is None or len(counts) == len(self.description.parameters):
+            self.backward_pass.expectation.restore(counts)
+        saved = parts.get("groups", [])
+        if groups and self.optimizer is not None and len(saved) == len(self.optimizer.param_groups):
+            for group, values in zip(self.optimizer.param_groups, saved):
+                group.update(values)
+        if self.training_dataloader is not None and "loader" in parts:
+            self.training_dataloader.load_state_dict(parts["loader"])
+        if lr_scheduler and self.lr_scheduler is not None and "lr_scheduler" in parts:
+            self.lr_scheduler.load_state_dict(parts["lr_scheduler"])
+
     def _resume(self) -> None:
         """Everything is put back as it was when the committed step was made. Its state went with
         STEP, before anybody knew whether the step would be skipped; the client knows now."""
         parts = self._state.restore(self.client.client_state())
+        self._adopt(parts)
         skipped: bool = self.client.resumed_skipped
-        self.micro_steps = parts["micro_steps"]
-        self.skipped_steps = parts["skipped_steps"] + int(skipped)
+        self.global_steps += 1
+        self.skipped_steps += int(skipped)
         self._step_applied = not skipped
-        self.global_steps = self.resumed_step
-        self.client_state = parts["user"]
-        self.backward_pass.expectation.restore(parts["gradient_counts"])
-        if self.optimizer is not None:
-            for group, values in zip(self.optimizer.param_groups, parts["groups"]):
-                group.update(values)
-        if self.training_dataloader is not None and "loader" in parts:
-            self.training_dataloader.load_state_dict(parts["loader"])
-        if self.lr_scheduler is not None and "lr_scheduler" in parts:
-            self.lr_scheduler.load_state_dict(parts["lr_scheduler"])
-            if not skipped:  # the schedule moves on after an applied step
-                self._step_scheduler(parts["lr_kwargs"])
+        if skipped:
+            self._skipped_at.append(self.global_steps)
+        elif self.lr_scheduler is not None and "lr_scheduler" in parts:
+            self._step_scheduler(parts["lr_kwargs"])  # it moves on after an applied step
+
+    def release_module(self) -> None:
+        """The module gets parameters of its own, float32 and without values: this engine can no
+        longer train it. Nobody may be within forward or backward."""
+        self.gathering.reset()
+        self.gathering.remove()
+        self.backward_pass.remove()
+        self._state_dict_hooks.remove()
+        self.access.close()
+        for managed in self.description.parameters:
+            managed.parameter.data = torch.empty(managed.shape)
+
+    # --- A script that begins again (replay.py).
+
+    @property
+    def replaying(self) -> bool:
+        """The script has not come to the job's step yet: nothing is trained."""
+        return self._replay is not None
+
+    @property
+    def replay_until(self) -> int:
+        """The step, as the script counts, that the job stands at. REQUIRES: replaying."""
+        assert self._replay is not None
+        return self._replay.until
+
+    def replay_from(self, blob: bytes, same_world: bool, lr_scheduler: bool) -> None:
+        """The script has loaded a checkpoint of a step that the job has passed, or stands at."""
+        self.restore_rank_state(blob, same_world, lr_scheduler, groups=True)
+        if self.global_steps >= self.replay_until:
+            self._replay = None
+            self._resume()
+
+    def stop_replay(self) -> None:
+        """The script has put other state into the job: there is nothing to come to."""
+        self._replay = None
+
+    def _plan_replay(self) -> Replay:
+        parts = self._state.peek(self.client.client_state())
+        until = parts["global_steps"] + 1
+        skipped = parts["skipped_at"] + [until] * self.client.resumed_skipped
+        return Replay(until, set(skipped), self.global_rank)
+
+    def _replay_step(self, replay: Replay, lr_kwargs: dict[str, Any]) -> None:
+        self.gathering.reset()
+        self.micro_steps += 1
+        self.global_steps += 1
+        skipped = replay.was_skipped(self.global_steps)
+        self.skipped_steps += int(skipped)
+        self._step_applied = not skipped
+        if replay.ends_with(self.global_steps):
+            self._replay = None
+            self._resume()
+            self._tell_optimizer(overflow=skipped)
+            return
+        self._tell_optimizer(overflow=skipped)
+        if not skipped:
+            self._step_scheduler(lr_kwargs)
 
     def destroy(self) -> None:
         """Leaves the job: its state is freed once all ranks have left. Idempotent."""
@@ -317,36 +472,11 @@ class Engine(nn.Module):
             garbage.resume()
         if collectives._current and collectives._current[0] is self:
             collectives.set_current(None)
-        for managed in self.description.parameters:
-            gathered.owners.pop(id(managed.parameter), None)
+        self.access.close()
         if not self.client.closed:
             self.client.detach()
 
-    # --- What it is configured to, in DeepSpeed's words.
-
-    def train_batch_size(self) -> int:
-        return self.config["train_batch_size"]
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        return self.config["train_micro_batch_size_per_gpu"]
-
-    def gradient_accumulation_steps(self) -> int:
-        return self.config["gradient_accumulation_steps"]
-
-    def gradient_clipping(self) -> float:
-        return self.config["gradient_clipping"]
-
-    def zero_optimization_stage(self) -> int:
-        return self.config["zero_optimization"]["stage"]
-
-    def bfloat16_enabled(self) -> bool:
-        return self.config["bf16"]["enabled"]
-
-    def fp16_enabled(self) -> bool:
-        return self.config["fp16"]["enabled"]
-
-    def dynamic_loss_scale(self) -> bool:
-        return self.fp16_enabled() and self.config["fp16"]["loss_scale"] == 0
+    # --- The last step.
 
     def get_global_grad_norm(self) -> float | None:
         """Of the last step's mean gradient, before clipping; infinite where the step was skipped.

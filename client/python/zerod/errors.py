@@ -23,6 +23,10 @@ class ModelError(ValueError):
     """The model, or an optimizer for it, has something that cannot be served."""
 
 
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, of another model, or cannot be written."""
+
+
 class UserWriteError(RuntimeError):
     """A parameter was written or re-pointed outside `GatheredParameters`."""
 
@@ -30,6 +34,7 @@ class UserWriteError(RuntimeError):
 __all__ = [
     "Aborted",
     "AlreadyExists",
+    "CheckpointError",
     "DeadlineExceeded",
     "FailedPrecondition",
     "Internal",

@@ -3,15 +3,28 @@
 
 from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
+from zerod.external import register_external_parameter
+from zerod.parameter_status import disown, own, owners
 
 if TYPE_CHECKING:
     from zerod.engine import Engine
 
-# id(parameter) -> (engine, index); an engine takes its entries out when it is destroyed.
-owners: "dict[int, tuple[Engine, int]]" = {}
+
+class Access(Protocol):
+    """What an owner of parameters does for GatheredParameters. Writes are collective; what begins
+    is ended with what began it."""
+
+    def begin_read(self, indices: list[int]) -> Any: ...
+    def end_read(self, begun: Any) -> None: ...
+    def begin_write(self, indices: list[int], rank: int) -> Any: ...
+    def end_write(self, begun: Any, rank: int, keep: bool) -> None:
+        """`keep`: rank's values become everybody's, else the old ones stay."""
+
+    def available(self, index: int) -> bool: ...
 
 
 class GatheredParameters:
@@ -20,7 +33,9 @@ class GatheredParameters:
     With `modifier_rank` they may also be written, on that rank: inside, `.data` is a private copy;
     at the end the modifier's values become everybody's. Then it is collective: every rank enters
     and leaves, outside of forward and backward. An exception inside discards what was written.
-    Parameters that no engine manages are left alone.
+
+    The parameters may be of several engines, and born under zerod.zero.Init. Those that nobody
+    manages are left alone. `fwd_module` is said to use them (register_external_parameter).
     """
 
     def __init__(
@@ -32,49 +47,32 @@ class GatheredParameters:
     ) -> None:
         if isinstance(params, torch.Tensor):
             params = [params]
-        chosen: dict[int, tuple[Engine, int]] = {}
-        for parameter in params if enabled else ():
-            owner = owners.get(id(parameter))
-            if owner is not None:
-                chosen[id(parameter)] = owner
-        engines = {id(engine): engine for engine, _ in chosen.values()}
-        if len(engines) > 1:
-            raise ValueError("the parameters belong to several engines; gather one after the other")
-        self._engine: Engine | None = next(iter(engines.values()), None)
-        self._indices = [index for _, index in chosen.values()]
+        chosen = {id(p): p for p in params if id(p) in owners} if enabled else {}
+        # All ranks in one order, whatever the caller's: it may come out of a set.
+        self._parameters = sorted(chosen.values(), key=lambda p: p.ds_id)
         self._modifier_rank = modifier_rank
-        self._units: list[int] = []
-        self._originals: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._begun: list[tuple[Access, Any]] = []
+        if fwd_module is not None:
+            for parameter in self._parameters:
+                register_external_parameter(fwd_module, parameter)
 
     def __enter__(self) -> None:
-        engine = self._engine
-        if engine is None:
-            return
-        if self._modifier_rank is None:
-            client = engine.client
-            self._units = sorted({client.parameters[i].unit for i in self._indices})
-            for unit in self._units:
-                engine.gathering.pins[unit] += 1
-                engine.gathering.gather(unit)
-            return
-        if not 0 <= self._modifier_rank < engine.world_size:
-            raise ValueError(
-                f"modifier_rank {self._modifier_rank} of a world of {engine.world_size}"
-            )
-        if engine.backward_pass.has_gradients:
-            raise RuntimeError(
-                "gradients of the current weights are on their way: write parameters after "
-                "engine.step()"
-            )
-        engine.versions.check()
-        engine.gathering.reset()
-        for index in self._indices:
-            managed = engine.description.parameters[index]
-            master = engine.weights.read(managed)
-            private = master.to(managed.dtype, copy=True)
-            kept = private.clone()
-            self._originals[index] = (managed.parameter.data, master, kept)
-            managed.parameter.data = private
+        accesses: dict[int, tuple[Access, list[int]]] = {}
+        for parameter in self._parameters:
+            if id(parameter) in owners:  # else its engine has been destroyed meanwhile
+                owner, index = owners[id(parameter)]
+                accesses.setdefault(id(owner), (owner.access, []))[1].append(index)
+        rank = self._modifier_rank
+        try:
+            for access, indices in accesses.values():
+                if rank is None:
+                    begun = access.begin_read(indices)
+                else:
+                    begun = access.begin_write(indices, rank)
+                self._begun.append((access, begun))
+        except BaseException:
+            self._end(keep=False)
+            raise
 
     def __exit__(
         self,
@@ -82,26 +80,105 @@ class GatheredParameters:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._end(keep=kind is None)
+
+    def _end(self, keep: bool) -> None:
+        begun, self._begun = self._begun, []
+        for access, token in reversed(begun):
+            if self._modifier_rank is None:
+                access.end_read(token)
+            else:
+                access.end_write(token, self._modifier_rank, keep)
+
+
+class EngineAccess:
+    """The parameters of an engine, by their index in its description."""
+
+    def __init__(self, engine: "Engine") -> None:
+        self._engine = engine
+        self._written: set[int] = set()
+        units = engine.client.units
+        for managed in engine.description.parameters:
+            resident = units[engine.client.parameters[managed.index].unit].resident
+            own(managed.parameter, engine, managed.index, persist=resident)
+
+    def close(self) -> None:
+        for managed in self._engine.description.parameters:
+            disown(managed.parameter)
+
+    def available(self, index: int) -> bool:
+        unit = self._engine.client.parameters[index].unit
+        return (
+            index in self._written
+            or self._engine.client.units[unit].resident
+            or bool(self._engine.gathering.held[unit])
+        )
+
+    def begin_read(self, indices: list[int]) -> list[int]:
         engine = self._engine
-        if engine is None:
-            return
-        if self._modifier_rank is None:
-            for unit in self._units:
-                engine.gathering.pins[unit] -= 1
-                engine.gathering.release(unit)
-            return
+        units = sorted({engine.client.parameters[i].unit for i in indices})
+        begun: list[int] = []
+        try:
+            for unit in units:
+                engine.gathering.pins[unit] += 1
+                begun.append(unit)
+                engine.gathering.gather(unit)
+        except BaseException:
+            self.end_read(begun)
+            raise
+        return begun
+
+    def end_read(self, begun: list[int]) -> None:
+        for unit in begun:
+            self._engine.gathering.pins[unit] -= 1
+            self._engine.gathering.release(unit)
+
+    def begin_write(
+        self, indices: list[int], rank: int
+    ) -> dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        engine = self._engine
+        check_modifier(rank, engine.world_size)
+        if engine.backward_pass.has_gradients:
+            raise RuntimeError(
+                "gradients of the current weights are on their way: write parameters after "
+                "engine.step()"
+            )
+        engine.versions.check()
+        engine.gathering.reset()
+        originals = {}
+        for index in indices:
+            managed = engine.description.parameters[index]
+            master = engine.weights.read(managed)
+            private = master.to(managed.dtype, copy=True)
+            originals[index] = (managed.parameter.data, master, private.clone())
+            managed.parameter.data = private
+        self._written.update(originals)
+        return originals
+
+    def end_write(
+        self,
+        begun: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+        rank: int,
+        keep: bool,
+    ) -> None:
+        engine = self._engine
         written = {}
-        for index, (mapped, master, kept) in self._originals.items():
+        for index, (mapped, master, kept) in begun.items():
             managed = engine.description.parameters[index]
             private = managed.parameter.data
             # What was not edited keeps its full precision.
             written[index] = torch.where(private == kept, master, private.to(torch.float32))
             managed.parameter.data = mapped
-        self._originals.clear()
+        self._written.difference_update(begun)
         engine.client.barrier()  # nobody reads the old values any more
-        if kind is None and engine.global_rank == self._modifier_rank:
+        if keep and engine.global_rank == rank:
             for index, values in written.items():
                 engine.weights.put(engine.description.parameters[index], values)
         engine.client.barrier()
         engine.versions.accept()
         engine.versions.bump(all_parameters=True)
+
+
+def check_modifier(rank: int, world: int) -> None:
+    if not 0 <= rank < world:
+        raise ValueError(f"modifier_rank {rank} of a world of {world}")

@@ -125,6 +125,7 @@ class Gathering:
         self._start_units: list[int] = []
         self._hooked: list[tuple[int, nn.Module]] = []
         self._handles: list[Any] = []
+        self._watched: list[nn.Module] = []
         self._compiler_seen = False
         if self.demand_units:
             backward.on_unit_done = self.release_if_done
@@ -277,6 +278,16 @@ class Gathering:
                 return call
         return None
 
+    def remove(self) -> None:
+        """The model is as it was before: nothing is gathered for it any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for module in self._watched:
+            module.__dict__["_parameters"] = dict(module._parameters)
+        self._watched = []
+        self._hooked = []
+
     # --- Nets.
 
     def _watch_reads(self, module: nn.Module, attribute: str, unit: int) -> None:
@@ -285,6 +296,7 @@ class Gathering:
             watched = WatchedParameters(watched)
             watched.gathering = self
             module.__dict__["_parameters"] = watched
+            self._watched.append(module)
         watched.units[attribute] = unit
 
     def on_read(self, unit: int) -> None:

@@ -20,13 +20,16 @@ from zerod import (
     optimizer as optimizers,
     peers,
     progress,
+    replay,
     schedule,
+    zero_init,
 )
 from zerod.engine import Engine, EngineParts
 from zerod.errors import ModelError
 from zerod.launch import Launch
 from zerod.loader import Loader
 from zerod.model import ModelDescription, describe
+from zerod.nursery import nursery
 from zerod.weights import Weights, model_buffers
 
 log = logging.getLogger("zerod")
@@ -48,6 +51,7 @@ def initialize(
     *,
     address: str = "",
     seed: int = 0,
+    written_for_deepspeed: bool = False,
 ) -> tuple[Engine, torch.optim.Optimizer | None, Loader | None, Any]:
     """Hands the model's parameters to the daemon; returns engine, optimizer, loader, scheduler.
 
@@ -57,6 +61,8 @@ def initialize(
     Lion and Muon too), or a function that makes one of parameters; `lr_scheduler` a scheduler, or a
     function that makes one of the optimizer. `address` is the daemon's socket ("unix:/path"; else
     ZEROD_ADDRESS, else an embedded one). `seed` orders `training_data`.
+    `written_for_deepspeed`: the script and its configuration know nothing of zerod; unknown keys at
+    the top are warnings, and a resumed job lets the script run up to where it stands.
 
     Collective: every rank of the launcher calls it. Rank 0's weights are the job's. Where the job
     is there already, its state is taken up instead: see `engine.resumed_step`.
@@ -64,18 +70,8 @@ def initialize(
     if model is None:
         raise ValueError("model is missing")
     launch = Launch.from_environment()
-    source = configuration.choose_source(args, config, config_params)
-    read = configuration.resolve(
-        configuration.read_source(source),
-        launch.world,
-        hidden_sizes=auto_values.hidden_sizes(model),
-        values=auto_values.of_optimizer(optimizer),
-    )
+    read = _read(args, config, config_params, model, optimizer, launch, written_for_deepspeed)
     resolved = read.config
-    progress.show_log(resolved)
-    if launch.rank == 0:
-        for warning in read.warnings:
-            log.warning("the configuration: %s", warning)
     monitors.check(resolved)
     dtype = configuration.dtype(resolved)
     built = optimizers.build(model, optimizer, model_parameters, resolved)
@@ -92,16 +88,55 @@ def initialize(
             drop_last=resolved["dataloader_drop_last"],
         )
     leaf.apply_config(model, resolved["zero_optimization"])
+    nursery.prepare()
     description = describe(model, dtype, built)
     client = _attach(resolved, description, built, launch, address, dtype)
     try:
-        engine = _adopt(model, client, description, built, scheduler, loader, resolved, launch)
+        engine = _adopt(
+            EngineParts(
+                model=model,
+                client=client,
+                description=description,
+                weights=Weights(client, description),
+                optimizer=built,
+                lr_scheduler=scheduler,
+                training_dataloader=loader,
+                config=resolved,
+                launch=launch,
+                replays=replay.choose(resolved, written_for_deepspeed),
+            )
+        )
         if launch.rank == 0 and resolved["dump_state"]:
             progress.dump(read, client.plan_text)
     except BaseException:
         client.close()
         raise
     return engine, built, engine.training_dataloader, engine.lr_scheduler
+
+
+def _read(
+    args: Any,
+    config: configuration.Source | None,
+    config_params: configuration.Source | None,
+    model: nn.Module,
+    optimizer: Any,
+    launch: Launch,
+    written_for_deepspeed: bool,
+) -> configuration.Resolved:
+    """The configuration without "auto", and its warnings in the log."""
+    source = configuration.choose_source(args, config, config_params)
+    read = configuration.resolve(
+        configuration.read_source(source),
+        launch.world,
+        deepspeed_file=written_for_deepspeed,
+        hidden_sizes=auto_values.hidden_sizes(model),
+        values=auto_values.of_optimizer(optimizer),
+    )
+    progress.show_log(read.config)
+    if launch.rank == 0:
+        for warning in read.warnings:
+            log.warning("the configuration: %s", warning)
+    return read
 
 
 def _attach(
@@ -139,38 +174,18 @@ def _attach(
     return client
 
 
-def _adopt(
-    model: nn.Module,
-    client: Any,
-    description: ModelDescription,
-    built: optimizers.Optimizer | None,
-    scheduler: Any,
-    loader: Loader | None,
-    resolved: dict[str, Any],
-    launch: Launch,
-) -> Engine:
-    weights = Weights(client, description)
+def _adopt(parts: EngineParts) -> Engine:
+    client, launch = parts.client, parts.launch
     fresh = client.resumed_step == 0
     client.barrier()  # all ranks have come
     # A job that died before its first step may have got a part only: then again.
-    weights.adopt(write_initial=fresh and launch.rank == 0)
+    parts.weights.adopt(write_initial=fresh and launch.rank == 0)
+    zero_init.unhook(parts.model)
     client.barrier()
-    weights.open_resident()
+    parts.weights.open_resident()
     if fresh and launch.world > 1:
-        _share_buffers(model, client, launch)
-    return Engine(
-        EngineParts(
-            model=model,
-            client=client,
-            description=description,
-            weights=weights,
-            optimizer=built,
-            lr_scheduler=scheduler,
-            training_dataloader=loader,
-            config=resolved,
-            launch=launch,
-        )
-    )
+        _share_buffers(parts.model, client, launch)
+    return Engine(parts)
 
 
 def _scheduler(given: Any, optimizer: Any, resolved: dict[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the daemon is told of a model: its modules, its parameters and who uses them."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -9,8 +10,10 @@ from torch import nn
 
 from zerod import _zerod
 from zerod.errors import ModelError
+from zerod.external import external_parameters
 from zerod.leaf import z3_leaf_module
 
+log = logging.getLogger("zerod")
 # Modules that read parameters of their children without calling them: one piece to us.
 _ATOMIC = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 # Modules without a forward of their own: whoever holds them uses their parameters.
@@ -103,6 +106,17 @@ def describe(
                 managed.owners.append(owner_of[path])
     if not description.parameters:
         raise ModelError("the model has no parameters")
+    for path, module in model.named_modules():
+        for parameter in external_parameters(module):
+            managed = by_identity.get(id(parameter))
+            if managed is None:
+                log.warning(
+                    "the module %r was said to use a parameter of shape %s that the model does "
+                    "not have", path, tuple(parameter.shape),
+                )
+                continue
+            if owner_of[path] not in managed.owners:
+                managed.owners.append(owner_of[path])
     return description
 
 

@@ -26,13 +26,24 @@ class Optimizer(torch.optim.Optimizer):
 
     loss_scale: float = 1.0
     overflow: bool = False
+    _given: torch.optim.Optimizer | None = None  # see adopt()
     KIND: ClassVar[str]  # as Client.attach takes it
     KEYS: ClassVar[tuple[str, ...]]  # numbers that a group and _zerod.Group have alike
+    # What torch calls the tensors of state that the daemon keeps: Client.read's "exp_avg", then
+    # its "exp_avg_sq".
+    STATE: ClassVar[tuple[str, ...]] = ()
 
     @property
     def cur_scale(self) -> float:
         """DeepSpeed's other name of `loss_scale`."""
         return self.loss_scale
+
+    def mark_stepped(self) -> None:
+        """torch's schedulers warn where they are stepped before their optimizer; theirs may be the
+        one whose place this one has taken."""
+        for optimizer in (self, self._given):
+            if optimizer is not None:
+                optimizer._opt_called = True
 
     def kind(self, group: dict[str, Any]) -> str:
         """What the daemon updates the group by, for the life of the job."""
@@ -44,6 +55,14 @@ class Optimizer(torch.optim.Optimizer):
         if "betas" in self.defaults:
             values["beta1"], values["beta2"] = group["betas"]
         return values
+
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Of the tensors that are kept for a parameter of the group."""
+        return self.STATE
+
+    def states(self, group: dict[str, Any]) -> dict[str, str]:
+        """The same names, each with what Client.read() and put() call its tensor."""
+        return dict(zip(self.state_names(group), ("exp_avg", "exp_avg_sq")))
 
     def kinds(self) -> list[str]:
         return [self.kind(group) for group in self.param_groups]
@@ -93,6 +112,7 @@ class Adam(Optimizer):
 
     KIND = "adam"
     KEYS = ("lr", "eps", "weight_decay")
+    STATE = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -142,6 +162,7 @@ class Lion(Optimizer):
 
     KIND = "lion"
     KEYS = ("lr", "weight_decay")
+    STATE = ("exp_avg",)
 
     def __init__(
         self,
@@ -158,6 +179,7 @@ class Adagrad(Optimizer):
 
     KIND = "adagrad"
     KEYS = ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps")
+    STATE = ("sum",)
 
     def __init__(
         self,
@@ -207,6 +229,9 @@ class SGD(Optimizer):
     def kind(self, group: dict[str, Any]) -> str:
         return "sgd_momentum" if group["momentum"] != 0 else "sgd"
 
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
     def values(self, group: dict[str, Any]) -> dict[str, Any]:
         return {**super().values(group), "nesterov": bool(group["nesterov"])}
 
@@ -219,6 +244,7 @@ class Lamb(Optimizer):
     """
 
     KIND = "lamb"
+    STATE = ("exp_avg", "exp_avg_sq")
     KEYS = ("lr", "eps", "weight_decay", "min_coeff", "max_coeff")
 
     def __init__(
@@ -295,6 +321,9 @@ class Muon(Optimizer):
 
     def kind(self, group: dict[str, Any]) -> str:
         return "muon" if group["use_muon"] else "adam"
+
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["use_muon"] else ("exp_avg", "exp_avg_sq")
 
     def values(self, group: dict[str, Any]) -> dict[str, Any]:
         values = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
@@ -384,6 +413,7 @@ def adopt(optimizer: torch.optim.Optimizer) -> Optimizer:
             group.setdefault("decoupled_weight_decay", False)
     adopted = target(optimizer.param_groups)
     adopted.param_groups[:] = optimizer.param_groups
+    adopted._given = optimizer
     optimizer.state.clear()
     return adopted
 

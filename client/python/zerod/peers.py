@@ -22,6 +22,7 @@ from zerod.launch import Launch
 STORE_SECONDS_MAX = 600
 _JOB = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _own_store: Any = None  # lives as long as the process: other ranks still read it
+_own_name = ""  # of this launch, where nobody gave one
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,14 @@ def job_id(configured: str, serial: int, launch: Launch) -> str:
         return configured
     name = os.environ.get("ZEROD_JOB") or os.environ.get("TORCHELASTIC_RUN_ID")
     if not name or name == "none":  # torchrun's run id where the user gave none
-        name = f"job-{secrets.token_hex(8)}"
-        if launch.world > 1 or _has_agent_store():
-            # Not the launcher's address: the next launch has the same, and is another job.
-            name = find_store(launch).compare_set("zerod/name", "", name).decode()
+        global _own_name
+        if not _own_name:
+            _own_name = f"job-{secrets.token_hex(8)}"
+            if launch.world > 1 or _has_agent_store():
+                # Not the launcher's address: the next launch has the same, and is another job.
+                store = find_store(launch)
+                _own_name = store.compare_set("zerod/name", "", _own_name).decode()
+        name = _own_name
     if not _JOB.fullmatch(name):
         raise ValueError(
             f"the job id {name!r} is not allowed: 1 to 128 letters, digits, '.', '_' or '-'"

@@ -128,6 +128,17 @@ class Progress:
         if self._interval is not None and engine.global_steps % self._interval == 0:
             self._report(engine)
 
+    @property
+    def enabled(self) -> bool:
+        """This rank has a monitor."""
+        return bool(self._monitors)
+
+    def write_events(self, events: list[tuple[str, float, int]]) -> None:
+        """DeepSpeed's way of writing to the monitors: (name, value, samples) each."""
+        for name, value, samples in events:
+            for monitor in self._monitors:
+                monitor.write({name: float(value)}, samples)
+
     def close(self) -> None:
         """Idempotent."""
         self.active = False

@@ -10,6 +10,8 @@ from torch import nn
 
 from zerod import _zerod
 from zerod.model import ManagedParameter, ModelDescription
+from zerod.nursery import nursery
+from zerod.parameter_status import owners
 
 PIECE_ELEMENTS_MAX = 1 << 20  # of one PUT or READ: what the transfer area holds
 
@@ -22,13 +24,13 @@ class Weights:
         self.parameters = description.parameters
         self._views = client.parameters
 
-    def put(self, managed: ManagedParameter, values: torch.Tensor) -> None:
-        """Nobody may hold the unit; a barrier orders it for other ranks."""
+    def put(self, managed: ManagedParameter, values: torch.Tensor, kind: str = "master") -> None:
+        """A barrier orders it for other ranks. Of the weights: nobody may hold the unit."""
         flat = values.detach().to(torch.float32).contiguous().view(-1)
         view = self._views[managed.index]
         for begin in range(0, flat.numel(), PIECE_ELEMENTS_MAX):
             piece = flat[begin : begin + PIECE_ELEMENTS_MAX]
-            self.client.put(view.unit, view.offset + begin, piece.data_ptr(), piece.numel())
+            self.client.put(view.unit, view.offset + begin, piece.data_ptr(), piece.numel(), kind)
 
     def read(self, managed: ManagedParameter, kind: str = "master") -> torch.Tensor:
         """float32, in memory of its own. Needs no other rank."""
@@ -42,12 +44,26 @@ class Weights:
 
     def adopt(self, write_initial: bool) -> None:
         """Every parameter becomes the daemon's memory, for good. `write_initial`: this process's
-        values are the job's initial ones."""
-        for managed in self.parameters:
-            if write_initial:
-                self.put(managed, managed.parameter.data)
-            managed.parameter.data = self.client.parameter_tensor(managed.index)
+        values are the job's initial ones; of born parameters their arena's. An arena is left as
+        soon as its last parameter has moved. Collective."""
+        for arena, parameters in nursery.by_arena(self.parameters):
+            for managed in parameters:
+                if write_initial:
+                    self._put_initial(managed)
+                managed.parameter.data = self.client.parameter_tensor(managed.index)
+            nursery.hand_over(parameters)
+            if arena is not None:
+                self.client.barrier()  # rank 0 has read it
+                nursery.close_arenas()
         _zerod.trim_heap()  # of this process's own copies
+
+    def _put_initial(self, managed: ManagedParameter) -> None:
+        born = nursery.find(managed.parameter)
+        if born is None:
+            return self.put(managed, managed.parameter.data)
+        view = self._views[managed.index]
+        for begin, values in born.values():
+            self.client.put(view.unit, view.offset + begin, values.data_ptr(), values.numel())
 
     def open_resident(self) -> None:
         """Once the initial values are there: units that stay gathered become readable. After that
@@ -65,15 +81,23 @@ class StateDictHooks:
     def __init__(self, weights: Weights, model: nn.Module) -> None:
         self._weights = weights
         self._of_module: dict[int, list[tuple[str, ManagedParameter]]] = {}
+        self._handles: list[Any] = []
         self._cache: tuple[Any, dict[int, Any]] = (lambda: None, {})
         self.master = False
         for managed in weights.parameters:
             for module, attribute in managed.registered:
                 if id(module) not in self._of_module:
                     self._of_module[id(module)] = []
-                    module._register_state_dict_hook(self._after_state_dict)
+                    self._handles.append(
+                        module._register_state_dict_hook(self._after_state_dict)
+                    )
                 self._of_module[id(module)].append((attribute, managed))
-        model.register_load_state_dict_pre_hook(self._before_load)
+        self._handles.append(model.register_load_state_dict_pre_hook(self._before_load))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def _after_state_dict(
         self, module: nn.Module, destination: Any, prefix: str, _: Any
@@ -103,6 +127,16 @@ class StateDictHooks:
             "the parameters are the daemon's: call engine.load_state_dict() instead of "
             f"{type(module).__name__}.load_state_dict()"
         )
+
+
+def detach_model(model: nn.Module) -> None:
+    """A model whose parameters are an engine's gets fp32 ones of its own, without values."""
+    from zerod.engine import Engine
+
+    of = [owners[id(p)][0] for p in model.parameters() if id(p) in owners]
+    found = {id(owner): owner for owner in of if isinstance(owner, Engine)}
+    for engine in found.values():
+        engine.release_module()
 
 
 def check_state(

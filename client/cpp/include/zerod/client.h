@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -117,7 +118,20 @@ struct StepResult {
   double loss_scale = 1;  // what the next step's loss is to be multiplied by
 };
 enum class ScalarOp { kSum, kMean, kMin, kMax };
+// The master copy, and the first and the second tensor of the optimizer's state.
 enum class StateKind { kMaster, kExpAvg, kExpAvgSq };
+
+// Where the loss scale of an fp16 job stands, in the terms of DeepSpeed's DynamicLossScaler.
+struct LossScalerState {
+  double scale = 1;            // cur_scale
+  uint64_t iterations = 0;     // cur_iter
+  int64_t last_overflow = -1;  // last_overflow_iter; -1: none yet
+  uint64_t hysteresis = 1;     // cur_hysteresis
+};
+struct OptimizerProgress {
+  std::vector<uint64_t> parameter_steps;  // applied steps, in the order of the attach options
+  std::optional<LossScalerState> loss_scaler;  // in fp16 alone
+};
 
 struct ClientCounters {
   uint64_t gathers = 0;          // calls
@@ -193,13 +207,23 @@ class ZEROD_EXPORT Client {
   // number is not used up. CANCELLED: it is on its way; the next call waits for it again.
   virtual absl::StatusOr<StepResult> Step(const StepRequest& request) = 0;
 
-  // Writes fp32 values into elements [begin, begin + count) of a unit, on all members. Nobody may
-  // hold the unit. Returns when all owners of this node have it; order against other ranks'
-  // requests by Barrier.
-  virtual absl::Status Put(uint32_t unit, uint64_t begin, const float* values, uint64_t count) = 0;
+  // Writes fp32 values into elements [begin, begin + count) of a unit, on all members: the master
+  // copy (nobody may hold the unit), or a tensor of the optimizer's state (of trainable elements;
+  // copies of the weights stay valid). Returns when all owners of this node have it; order against
+  // other ranks' requests by Barrier. INVALID_ARGUMENT where the job has no such state.
+  virtual absl::Status Put(uint32_t unit, uint64_t begin, const float* values, uint64_t count,
+                           StateKind kind) = 0;
   // The state of elements [begin, begin + count) as fp32: the master copy, or a moment.
   virtual absl::Status Read(uint32_t unit, uint64_t begin, float* values, uint64_t count,
                             StateKind kind) = 0;
+
+  // What the optimizer counts, as of the committed step and what was restored. Needs no other rank.
+  virtual absl::StatusOr<OptimizerProgress> ReadProgress() = 0;
+  // Sets it on all members at once: every rank calls it, with equal contents and between steps,
+  // like AllReduce. Without a loss scaler that of the job stays as it is. loss_scale() is the
+  // restored one when it returns OK. INVALID_ARGUMENT where the ranks differ (all hear of it), or
+  // the values cannot be.
+  virtual absl::Status Restore(const OptimizerProgress& progress) = 0;
 
   // Element-wise over all ranks of the job, in rank order; at most 64 values; none = a barrier.
   // All ranks must call it, the same number of times in the same order.

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`deepspeed.accelerator`: the device that a rank computes on. Here it is the CPU."""
+
+import os
+from typing import Any
+
+import torch
+
+from zerod.launch import Launch
+
+
+class CpuAccelerator:
+    """DeepSpeed's accelerator interface, as far as scripts and Transformers ask it."""
+
+    _name = "cpu"
+    _communication_backend_name = "gloo"
+
+    def is_available(self) -> bool:
+        return True
+
+    def is_synchronized_device(self) -> bool:
+        return True
+
+    def use_host_timers(self) -> bool:
+        return True
+
+    def resolves_data_dependency(self) -> bool:
+        return True
+
+    def handles_memory_backpressure(self) -> bool:
+        return True
+
+    def device_name(self, device_index: int | None = None) -> str:
+        return "cpu"
+
+    def device(self, device_index: int | None = None) -> Any:
+        return torch.device("cpu")
+
+    def current_device(self) -> int:
+        return Launch.from_environment().local_rank
+
+    def current_device_name(self) -> str:
+        return "cpu"
+
+    def device_count(self) -> int:
+        return Launch.from_environment().local_world
+
+    def set_device(self, device_index: int) -> None:
+        """There is one CPU."""
+
+    def synchronize(self, device_index: int | None = None) -> None:
+        """There is nothing to wait for."""
+
+    def empty_cache(self) -> None:
+        """There is none."""
+
+    def communication_backend_name(self) -> str:
+        return self._communication_backend_name
+
+    def is_bf16_supported(self) -> bool:
+        return True
+
+    def is_fp16_supported(self) -> bool:
+        return True
+
+    def supported_dtypes(self) -> list[torch.dtype]:
+        return [torch.float32, torch.bfloat16, torch.float16]
+
+    def manual_seed(self, seed: int) -> Any:
+        return torch.manual_seed(seed)
+
+    def manual_seed_all(self, seed: int) -> Any:
+        return torch.manual_seed(seed)
+
+    def initial_seed(self) -> int:
+        return torch.initial_seed()
+
+    def get_rng_state(self, device_index: int | None = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, new_state: torch.Tensor, device_index: int | None = None) -> None:
+        torch.set_rng_state(new_state)
+
+    def random(self) -> Any:
+        return torch.random
+
+    def total_memory(self, device_index: int | None = None) -> int:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def available_memory(self, device_index: int | None = None) -> int:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+    def memory_allocated(self, device_index: int | None = None) -> int:
+        """Bytes resident in this process, shared ones included."""
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def pin_memory(self, tensor: torch.Tensor, align_bytes: int = 1) -> torch.Tensor:
+        return tensor
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        return tensor.is_pinned()
+
+    def on_accelerator(self, tensor: torch.Tensor) -> bool:
+        return tensor.device.type == "cpu"
+
+    def is_triton_supported(self) -> bool:
+        return False
+
+
+_accelerator = CpuAccelerator()
+
+
+def get_accelerator() -> CpuAccelerator:
+    return _accelerator

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expert parallelism."""
+
+from zerod.as_deepspeed import face
+
+_SUBMODULES = ("layer", "utils")
+__getattr__, __dir__ = face.names(__name__, submodules=_SUBMODULES)

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sequence parallelism."""
+
+from zerod.as_deepspeed import face
+
+_SUBMODULES = ("ulysses_sp",)
+__getattr__, __dir__ = face.names(__name__, submodules=_SUBMODULES)

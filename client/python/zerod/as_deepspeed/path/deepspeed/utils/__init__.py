@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Helpers."""
+
+from zerod.as_deepspeed import face
+
+_EXPORTS = {
+    "get_z3_leaf_modules": "zerod.leaf:get_z3_leaf_modules",
+    "set_z3_leaf_module": "zerod.leaf:set_z3_leaf_module",
+    "set_z3_leaf_modules": "zerod.leaf:set_z3_leaf_modules",
+    "set_z3_leaf_modules_by_name": "zerod.leaf:set_z3_leaf_modules_by_name",
+    "set_z3_leaf_modules_by_suffix": "zerod.leaf:set_z3_leaf_modules_by_suffix",
+    "unset_z3_leaf_modules": "zerod.leaf:unset_z3_leaf_modules",
+    "z3_leaf_module": "zerod.leaf:z3_leaf_module",
+    "safe_get_full_fp32_param": "zerod.fragments:safe_get_full_fp32_param",
+    "safe_get_full_grad": "zerod.fragments:safe_get_full_grad",
+    "safe_get_full_optimizer_state": "zerod.fragments:safe_get_full_optimizer_state",
+    "safe_set_full_fp32_param": "zerod.fragments:safe_set_full_fp32_param",
+    "safe_set_full_optimizer_state": "zerod.fragments:safe_set_full_optimizer_state",
+    "logger": "zerod.as_deepspeed.entry:log",
+    "log_dist": "zerod.as_deepspeed.entry:log_dist",
+    "OnDevice": "zerod.as_deepspeed.entry:OnDevice",
+    "RepeatingLoader": "zerod.as_deepspeed.entry:RepeatingLoader",
+    "instrument_w_nvtx": "zerod.as_deepspeed.entry:instrument_w_nvtx",
+}
+_SUBMODULES = ("groups", "logging", "zero_to_fp32")
+_NEVER = {
+    "safe_set_full_grad": "this access to a rank's own slice: the daemon owns it",
+    "safe_update_full_grad_vectorized": "this access to a rank's own slice: the daemon owns it",
+}
+__getattr__, __dir__ = face.names(__name__, _EXPORTS, submodules=_SUBMODULES, never=_NEVER)

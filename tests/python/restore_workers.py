@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ranks of test_restore.py do."""
+
+import torch
+
+import workers
+
+
+def read_everything(engine) -> dict:
+    """What a checkpoint is made of, on this rank alone."""
+    kept: dict = {"steps": engine.client.optimizer_steps(), "scaler": engine.client.loss_scaler()}
+    for kind in ("master", "exp_avg", "exp_avg_sq"):
+        kept[kind] = [engine.weights.read(p, kind) for p in engine.description.parameters]
+    return kept
+
+
+def train_steps(engine, first: int, last: int) -> dict:
+    """Losses and loss scales of the steps [first, last]. In fp16 the last rank's loss of steps 2
+    and 5 is infinite."""
+    rank, world = workers.rank_and_world()
+    dtype = next(engine.module.parameters()).dtype
+    result: dict = {"losses": [], "scales": []}
+    for step in range(first, last + 1):
+        result["scales"].append(engine.client.loss_scale)
+        x, y = workers.small_batch(step, 0, rank)
+        loss = (engine(x.to(dtype)).float() - y).square().mean()
+        result["losses"].append(loss.item())
+        bad = engine.fp16_enabled() and rank == world - 1 and step in (2, 5)
+        engine.backward(loss * float("inf") if bad else loss)
+        engine.step()
+    return result
+
+
+def start_small(config: dict, seed: int = 5):
+    import zerod
+
+    torch.manual_seed(seed)
+    model = workers.small_model()
+    engine, *_ = zerod.initialize(model=model, model_parameters=workers.groups_of(model), config=config)
+    return engine
+
+
+def train_and_read(runs: list[dict]) -> list[dict]:
+    """Six steps of each job, one job after the other; everything is read after the third and at the
+    end."""
+    results = []
+    for config in runs:
+        engine = start_small(config)
+        result = train_steps(engine, 1, 3)
+        result["kept"] = read_everything(engine)
+        engine.client.barrier()
+        for name, values in train_steps(engine, 4, 6).items():
+            result[name] += values
+        result["end"] = read_everything(engine)
+        engine.client.barrier()
+        engine.destroy()
+        results.append(result)
+    return results
+
+
+def restore_and_train(config: dict, kept: dict) -> dict:
+    """Steps 4 to 6 of what was read elsewhere; the last rank puts it back."""
+    rank, world = workers.rank_and_world()
+    engine = start_small(config, seed=6)
+    engine.gathering.reset()
+    engine.client.barrier()
+    if rank == world - 1:
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            for managed, values in zip(engine.description.parameters, kept[kind]):
+                engine.weights.put(managed, values, kind)
+    engine.client.restore(kept["steps"], kept["scaler"])
+    engine.versions.bump(all_parameters=True)
+    result = train_steps(engine, 4, 6) | read_everything(engine)
+    engine.client.barrier()
+    engine.destroy()
+    return result
+
+
+def refused_restores(config: dict) -> dict[str, str]:
+    """What each wrong call is answered with; then a right one, and a step."""
+    import zerod
+
+    rank, _ = workers.rank_and_world()
+    engine = start_small(config)
+    client = engine.client
+    steps, scaler = client.optimizer_steps(), client.loss_scaler()
+    errors = {}
+
+    def refused(name: str, call) -> None:
+        try:
+            call()
+        except zerod.InvalidArgument as error:
+            errors[name] = str(error)
+        assert name in errors, name
+
+    refused("different", lambda: client.restore([rank] * len(steps), scaler))
+    refused("barrier", lambda: client.restore(steps) if rank == 0 else client.barrier())
+    refused("length", lambda: client.restore(steps[1:]))
+    refused("key", lambda: client.restore(steps, {"cur_scale": 2.0}))
+    refused("scale", lambda: client.restore(steps, scaler | {"cur_scale": -1.0}))
+    value = torch.zeros(4)
+    refused("kind", lambda: client.put(0, 0, value.data_ptr(), 1, "momentum"))
+    elements = client.units[0].trainable_elements
+    refused("range", lambda: client.put(0, elements - 1, value.data_ptr(), 2, "exp_avg"))
+    client.restore(steps, scaler)
+    assert client.optimizer_steps() == steps and client.loss_scaler() == scaler
+    train_steps(engine, 1, 1)
+    client.barrier()
+    engine.destroy()
+    return errors

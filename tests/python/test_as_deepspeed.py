@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scripts that were written for DeepSpeed, Accelerate and Transformers, in processes of their own
+under their own launchers."""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+
+import cluster
+import pytest
+
+SCRIPTS = Path(__file__).parent / "scripts"
+BIN = Path(sys.executable).parent
+SECONDS_MAX = 240
+
+
+def command(*arguments: str, nodes=None, shim: bool = True, **variables: str) -> tuple[int, str]:
+    """Exit code and output of a command with zerod in DeepSpeed's place."""
+    front = [sys.executable, "-m", "zerod.as_deepspeed"] if shim else []
+    environment = {key: value for key, value in os.environ.items()
+                   if not key.startswith(("ACCELERATE", "TORCHELASTIC", "ZEROD"))}
+    environment |= {
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
+        "PYTHONPATH": str(cluster.ROOT / "client/python"), **variables,
+    }
+    if nodes:
+        environment |= {"ZEROD_ADDRESS": nodes[0].address,
+                        "ZEROD_JOB": f"script-{secrets.token_hex(4)}"}
+    done = subprocess.run([*front, *arguments], env=environment, capture_output=True, text=True,
+                          timeout=SECONDS_MAX)
+    return done.returncode, done.stdout + done.stderr
+
+
+def result(code_and_text: tuple[int, str]) -> dict:
+    code, text = code_and_text
+    lines = [line for line in text.splitlines() if "RESULT {" in line]
+    assert code == 0 and lines, text[-5000:]
+    return json.loads(lines[-1].partition("RESULT ")[2])
+
+
+def accelerate(script: str, *flags: str, arguments: dict | None = None, ranks: int = 2, **more):
+    launch = [str(BIN / "accelerate"), "launch", "--num_processes", str(ranks),
+              "--main_process_port", str(cluster.free_port()), *flags]
+    extra = [json.dumps(arguments)] if arguments is not None else []
+    return command(*launch, str(SCRIPTS / script), *extra, **more)
+
+
+def torchrun(script: str, arguments: dict, *flags: str, ranks: int = 2, **more):
+    launch = [str(BIN / "torchrun"), "--nproc-per-node", str(ranks),
+              "--master-port", str(cluster.free_port()), *flags]
+    return command(*launch, str(SCRIPTS / script), json.dumps(arguments), **more)
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    with cluster.daemons(1) as running:
+        yield running
+
+
+# --- The package.
+
+
+def test_names():
+    found = result(command(sys.executable, str(SCRIPTS / "names_script.py")))
+    assert found["heavy"] == []
+    assert found["version"].startswith("0.19.8")
+    assert found["schedules"] == ["LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR",
+                                  "WarmupCosineLR"]
+    for key in ("found", "module", "constructor", "replaced", "cloned", "shared", "optimizer"):
+        assert found[key], key
+    assert found["device"] == "cpu" and found["world"] == 1
+    assert found["names"] == [".deepspeed_env", "async_io", "cpu", "optim_states"]
+    assert found["enum"] == "AVAILABLE"
+    words = ["kernel-injected", "tensor parallelism", "pipeline", "sequence parallelism",
+             "sequence parallelism", "mpu", "amsgrad", "something_else"]
+    assert all(word in text for word, text in zip(words, found["refused"])), found["refused"]
+
+
+def test_nothing_is_shadowed_unless_asked():
+    assert result(command(sys.executable, str(SCRIPTS / "names_script.py"), shim=False)) == {
+        "found": False
+    }
+
+
+def test_three_ways_in(tmp_path):
+    program = "import deepspeed, sys; print('AT', deepspeed.__file__)"
+    code, path = command("--path")
+    assert code == 0
+    path = path.strip()
+    script = tmp_path / "script.py"
+    script.write_text("import zerod; zerod.enable_as_deepspeed()\n" + program)
+    for output in (
+        command(sys.executable, "-c", program)[1],
+        command(sys.executable, "-c", program, shim=False,
+                PYTHONPATH=f"{path}:{cluster.ROOT / 'client/python'}")[1],
+        command(sys.executable, str(script), shim=False)[1],
+    ):
+        assert f"AT {path}/deepspeed/__init__.py" in output
+    other = tmp_path / "deepspeed.py"
+    other.write_text("")
+    code, text = command(
+        sys.executable, "-c", "import deepspeed, zerod; zerod.enable_as_deepspeed()", shim=False,
+        PYTHONPATH=f"{tmp_path}:{cluster.ROOT / 'client/python'}",
+    )
+    assert code == 1 and f"loaded already, from {other}" in text
+    assert command("no-such-command-at-all")[0] == 127
+    assert command()[0] == 2
+
+
+# --- Accelerate.
+
+AMBIGUOUS = """\
+compute_environment: LOCAL_MACHINE
+deepspeed_config:
+  gradient_accumulation_steps: 1
+  gradient_clipping: 1.0
+  offload_optimizer_device: 'cpu'
+  offload_param_device: 'cpu'
+  zero3_init_flag: true
+  zero3_save_16bit_model: true
+  zero_stage: 3
+  deepspeed_config_file: 'ds_config.json'
+distributed_type: DEEPSPEED
+machine_rank: 0
+num_machines: 1
+num_processes: 2
+use_cpu: false
+"""
+PLAIN = {
+    "bf16": {"enabled": True},
+    "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False,
+                          "offload_optimizer": {"device": "none"},
+                          "offload_param": {"device": "none"}},
+    "gradient_clipping": 1.0, "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": 10,
+    "steps_per_print": 2000000,
+}
+
+
+def test_an_ambiguous_configuration(tmp_path):
+    (tmp_path / "ds_config.json").write_text(json.dumps(PLAIN))
+    (tmp_path / "accelerate.yaml").write_text(
+        AMBIGUOUS.replace("'ds_config.json'", str(tmp_path / "ds_config.json")))
+    code, text = accelerate("state_script.py", "--config_file", str(tmp_path / "accelerate.yaml"))
+    assert code == 1
+    assert "When using `deepspeed_config_file`, the following accelerate config variables will be" \
+        " ignored" in text
+
+
+def test_what_accelerate_makes_of_a_file(tmp_path):
+    (tmp_path / "ds_config.json").write_text(json.dumps(PLAIN))
+    code, text = accelerate("state_script.py", "--use_deepspeed", "--deepspeed_config_file",
+                            str(tmp_path / "ds_config.json"))
+    assert code == 0, text
+    assert "DistributedType.DEEPSPEED  Backend: gloo" in text and "Num processes: 2" in text
+    assert "Mixed precision type: bf16" in text
+    assert "'gradient_accumulation_steps': 10, 'steps_per_print': inf, 'fp16': {'enabled': False}" \
+        in text
+
+
+def test_flags_fill_auto_in(tmp_path):
+    config = {
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {
+            "stage": "auto", "stage3_gather_16bit_weights_on_model_save": "auto",
+            "offload_optimizer": {"device": "auto"}, "offload_param": {"device": "auto"}},
+        "gradient_clipping": "auto", "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+        "steps_per_print": 2000000,
+    }
+    (tmp_path / "ds_config.json").write_text(json.dumps(config))
+    code, text = accelerate(
+        "state_script.py", "--use_deepspeed", "--deepspeed_config_file",
+        str(tmp_path / "ds_config.json"), "--mixed_precision", "fp16", "--zero_stage", "3",
+        "--gradient_accumulation_steps", "5", "--gradient_clipping", "1.0",
+        "--offload_param_device", "cpu", "--offload_optimizer_device", "nvme",
+        "--zero3_save_16bit_model", "true")
+    assert code == 0, text
+    assert "'stage': 3, 'stage3_gather_16bit_weights_on_model_save': True, 'offload_optimizer': " \
+        "{'device': 'nvme'}, 'offload_param': {'device': 'cpu'}}, 'gradient_clipping': 1.0, " \
+        "'train_batch_size': 'auto', 'train_micro_batch_size_per_gpu': 'auto', " \
+        "'gradient_accumulation_steps': 5, 'steps_per_print': inf, 'fp16': {'enabled': True, " \
+        "'auto_cast': True}}" in text
+
+
+def train(nodes, *flags, ranks: int = 2, **options) -> dict:
+    flags = ("--use_deepspeed", *flags)
+    return result(accelerate("accelerate_script.py", *flags, arguments=options, ranks=ranks,
+                             nodes=nodes))
+
+
+def test_equals_data_parallel_training_by_accelerate(nodes):
+    expected = result(torchrun("accelerate_script.py", {"case": "none", "dropout": 0}, shim=False,
+                               ACCELERATE_USE_CPU="true"))
+    assert expected["type"] == "DistributedType.MULTI_CPU"
+    got = train(nodes, case="b", stage=3, dropout=0)
+    assert got["type"] == "DistributedType.DEEPSPEED"
+    assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert got["rates"] == pytest.approx(expected["rates"])
+
+
+@pytest.mark.parametrize("case, stage, dtype", [("a", 2, "bf16"), ("c", 1, "fp16")])
+def test_optimizers_and_schedules_of_the_configuration(nodes, case, stage, dtype):
+    got = train(nodes, case=case, stage=stage, dtype=dtype)
+    assert len(got["losses"]) == 16 and sum(got["losses"][-4:]) < sum(got["losses"][:4])
+    assert max(got["rates"]) == pytest.approx(1e-2) and got["rates"][0] < 1e-3
+
+
+def test_an_optimizer_of_the_configuration_with_another_schedule(nodes):
+    code, text = accelerate("accelerate_script.py", "--use_deepspeed", arguments={"case": "d"},
+                            nodes=nodes)
+    assert code != 0 and "You can only specify `accelerate.utils.DummyScheduler`" in text
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_save_state_and_load_state(nodes, stage, tmp_path):
+    folder = str(tmp_path / "state")
+    one = train(nodes, case="a", stage=stage, epochs=1, save=folder, save_at=8)
+    assert (tmp_path / "state/pytorch_model/manifest.json").exists()
+    two = train(nodes, case="a", stage=stage, epochs=1, load=folder)
+    again = train(nodes, case="a", stage=3, epochs=1, load=folder, ranks=1)
+    assert sum(two["losses"]) < 0.7 * sum(one["losses"])
+    assert again["losses"][0] < one["losses"][0]
+    assert two["rates"][0] == one["rates"][-1]
+
+
+def test_killed_and_started_again_without_a_checkpoint(nodes):
+    """The script begins at its beginning, and comes to the same weights."""
+    expected = result(torchrun("accelerate_script.py", {"stage": 2}, nodes=nodes,
+                               ACCELERATE_USE_DEEPSPEED="true"))
+    code, text = torchrun("accelerate_script.py", {"stage": 2, "kill_at": 9}, "--max-restarts", "2",
+                          nodes=nodes, ACCELERATE_USE_DEEPSPEED="true")
+    got = result((code, text))
+    assert "the script is let run up to there" in text
+    assert got["weights"] == expected["weights"]
+    assert got["losses"][10:] == expected["losses"][10:]
+    assert got["rates"] == expected["rates"]
+
+
+# --- The Trainer of Transformers.
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_trainer_with_checkpoint_and_resume(nodes, stage, tmp_path):
+    arguments = {"stage": stage, "output": str(tmp_path)}
+    whole = result(torchrun("trainer_script.py", arguments, nodes=nodes))
+    assert (tmp_path / "final/model.safetensors").exists()
+    folder = tmp_path / "checkpoint-4"
+    assert (folder / "latest").read_text() == "global_step4"
+    rest = result(torchrun("trainer_script.py", arguments | {"resume": True}, nodes=nodes))
+    for step in ("5", "6", "7", "8"):
+        assert rest["losses"][step] == pytest.approx(whole["losses"][step], rel=1e-5)
+        assert rest["rates"][step] == whole["rates"][step]
+
+
+def test_lora_under_stage_3(nodes, tmp_path):
+    got = result(torchrun("trainer_script.py", {"stage": 3, "lora": True, "output": str(tmp_path)},
+                          nodes=nodes))
+    assert len(got["losses"]) == 8
+    assert (tmp_path / "final/adapter_model.safetensors").exists()
