@@ -8,12 +8,13 @@ so a parameter has the same place everywhere; rank 0 writes its values. Nothing 
 an arena: its address range is never mapped, reads and writes copy piece by piece.
 """
 
-import copy
 import ctypes
 import hashlib
 import json
+import mmap
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -33,7 +34,10 @@ ALIGN_ELEMENTS = 32
 ARENA_PIECES_MIN = 16
 GROWTH = 4  # an arena is at least this part of all that was born before
 LINGER_SECONDS = 30  # what died before `initialize` is born again, not taken up
+_BUCKET_ELEMENTS = 1 << 18
+_MAPPED_BYTES_MIN = 1 << 20
 _JOB_ID_MAX = 128
+_thread = threading.local()
 
 
 class Arena:
@@ -113,16 +117,16 @@ class Born:
 
     def values(self) -> Iterator[tuple[int, torch.Tensor]]:
         """(first element, up to PIECE_ELEMENTS values in fp32), which the caller may keep until
-        the next one. Needs no other rank."""
+        this thread reads or writes the next ones. Needs no other rank."""
         assert self.arena is not None
-        scratch = torch.empty(min(self.shape.numel(), PIECE_ELEMENTS))
+        scratch = _scratch()
         for at, unit, first, count in self.arena.cuts(self.begin, self.shape.numel()):
             self.arena.client.read(unit, first, scratch.data_ptr(), count)
             yield at, scratch[:count]
 
     def read(self) -> torch.Tensor:
         """In memory of its own."""
-        result = torch.empty(self.shape, dtype=self.dtype)
+        result = _empty(self.shape, self.dtype)
         flat = result.view(-1)
         for at, values in self.values():
             flat[at : at + values.numel()].copy_(values)
@@ -133,7 +137,7 @@ class Born:
         assert self.arena is not None
         flat = values.detach().reshape(-1)
         for at, unit, first, count in self.arena.cuts(self.begin, self.shape.numel()):
-            piece = flat[at : at + count].to(torch.float32).contiguous()
+            piece = _scratch()[:count].copy_(flat[at : at + count])
             self.arena.client.put(unit, first, piece.data_ptr(), count)
 
     def settle(self) -> None:
@@ -291,6 +295,9 @@ class Nursery:
                 "stage3_param_persistence_threshold": 0,
                 "stage3_max_live_parameters": PIECE_ELEMENTS,
                 "stage3_prefetch_bucket_size": 0,
+                # So that several nodes stage little: each arena has its own.
+                "allgather_bucket_size": _BUCKET_ELEMENTS,
+                "reduce_bucket_size": _BUCKET_ELEMENTS,
             },
             "zerod": {
                 "job": base + tail,
@@ -414,6 +421,7 @@ class Nursery:
             arena.leave()
             if not self.arenas:
                 at_exit.forget(self)
+                _thread.__dict__.clear()
 
     def destroy(self) -> None:
         """At the end of the script: what nobody has taken over is freed."""
@@ -482,6 +490,24 @@ class Nursery:
             self.end_read(begun)
             raise
         return begun
+
+
+def _scratch() -> torch.Tensor:
+    """PIECE_ELEMENTS of this thread's."""
+    if not hasattr(_thread, "scratch"):
+        _thread.scratch = torch.empty(PIECE_ELEMENTS)
+    scratch: torch.Tensor = _thread.scratch
+    return scratch
+
+
+def _empty(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Past the heap where it is large: copies that come and go would leave holes there, as large
+    as the model after a while."""
+    size = shape.numel() * dtype.itemsize
+    if size < _MAPPED_BYTES_MIN:
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _room(born: Born) -> int:

@@ -57,6 +57,6 @@ def own(parameter: nn.Parameter, owner: Any, index: int, persist: bool = False) 
 
 def disown(parameter: nn.Parameter) -> None:
     """Nobody serves it any more: it is a plain parameter again. Idempotent."""
-    if owners.pop(id(parameter), None) is not None:
-        for name in _NAMES:
-            parameter.__dict__.pop(name, None)
+    owners.pop(id(parameter), None)
+    for name in _NAMES:
+        parameter.__dict__.pop(name, None)

@@ -187,7 +187,7 @@ def _collect(module: nn.Module, dtype: torch.dtype | None) -> None:
             continue  # initialize() says what it thinks of it
         if module not in _hooked:
             _hooked[module] = module.register_load_state_dict_pre_hook(_before_load)
-            module.__dict__["_apply"] = functools.partial(_apply_to_born, module)
+            module.__dict__["_apply"] = _Apply(module)
         nursery.add(parameter)
 
 
@@ -214,12 +214,33 @@ def _before_load(module: nn.Module, state: Any, prefix: str, metadata: Any, *_: 
             )
 
 
-def _apply_to_born(
-    module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
-) -> nn.Module:
-    """Module._apply, which .to(), .half(), .bfloat16() and their like are made of, where the
-    module's parameters may be in an arena: they come back to be converted, and are born again.
+class _Apply:
+    """In the place of one module's _apply, which .to(), .half(), .bfloat16() and their like are
+    made of: parameters that are in an arena come back to be converted, and are born again.
     Collective, unless nothing is to be converted."""
+
+    def __init__(self, module: nn.Module) -> None:
+        # Weak: a module that is replaced must not wait for the garbage collector.
+        self._module = weakref.ref(module)
+
+    def __call__(
+        self, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> nn.Module:
+        module = self._module()
+        assert module is not None
+        return _convert(module, function, recurse)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Apply":
+        """Of the copy; its parameters are plain, so it finds nothing to do."""
+        return _Apply(memo[id(self._module())])
+
+    def __reduce__(self) -> Any:
+        return (_Apply, (self._module(),))
+
+
+def _convert(
+    module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool
+) -> nn.Module:
     global _converting
     original = type(module)._apply
     own = [p for p in module._parameters.values() if p is not None]
