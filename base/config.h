@@ -162,7 +162,7 @@ struct Config {
   } zero;
 
   struct Optimizer {
-    std::string type;  // "AdamW", "Adam", "Lion", "Adagrad", "SGD"; empty: the caller passes one
+    std::string type;  // one of optimizer.type's choices; empty: the caller passes one
     double lr = 1e-3;  // after Parse this and the next are the type's defaults where left out
     double beta1 = 0.9;
     double beta2 = 0.999;

@@ -179,7 +179,17 @@ void ResolveOptimizer(ParseState* state) {
     state->problems.Add("optimizer.params.nesterov",
                         "true needs a momentum, and no dampening");
   }
-  if (optimizer.type == "Muon") by_type("optimizer.params.momentum", &optimizer.momentum, 0.95);
+  if (optimizer.type == "Lamb" && optimizer.min_coeff > optimizer.max_coeff) {
+    state->problems.Add("optimizer.params.min_coeff", "is above max_coeff");
+  }
+  if (optimizer.type == "Muon") {
+    by_type("optimizer.params.momentum", &optimizer.momentum, 0.95);
+    by_type("optimizer.params.betas", &optimizer.beta2, 0.95);
+    by_type("optimizer.params.eps", &optimizer.eps, 1e-10);
+    const bool has_rate = state->Given("optimizer.params.lr");
+    if (!optimizer.muon_lr.has_value()) optimizer.muon_lr = has_rate ? optimizer.lr : 0.02;
+    if (!optimizer.adam_lr.has_value()) optimizer.adam_lr = has_rate ? optimizer.lr : 3e-4;
+  }
 }
 
 // The first pair of rates of which the lower is above the upper, or nothing.

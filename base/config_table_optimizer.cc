@@ -8,7 +8,6 @@ namespace {
 
 using C = Config;
 
-constexpr char kOptimizerLater[] = "LAMB and Muon come later";
 constexpr char kTakesFunction[] =
     "it takes a function, which no file can hold; pass the scheduler itself as lr_scheduler=";
 constexpr char kTakesSchedulers[] =
@@ -31,8 +30,9 @@ void AppendAdamKeys(std::vector<ConfigKey>* keys) {
       {.path = "optimizer.type",
        .note = "or leave out \"optimizer\" and pass one of torch.optim. Adam is AdamW unless "
                "adam_w_mode is false",
-       .slot = SLOT(optimizer.type), .choices = {"AdamW", "Adam", "Lion", "Adagrad", "SGD"},
-       .later = {"Lamb", "Muon", "MuAdam", "MuAdamW", "MuSGD",
+       .slot = SLOT(optimizer.type),
+       .choices = {"AdamW", "Adam", "Lion", "Adagrad", "SGD", "Lamb", "Muon"},
+       .later = {"MuAdam", "MuAdamW", "MuSGD",
                  "RMSprop", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop"},
        .any_case = true},
       {.path = "optimizer.legacy_fusion", .served = Served::kNoMeaning,
@@ -42,7 +42,8 @@ void AppendAdamKeys(std::vector<ConfigKey>* keys) {
        .slot = [](C& c) -> Slot { return Betas(&c.optimizer.beta1, &c.optimizer.beta2); },
        .min = 0, .max = 1, .max_excluded = true,
        .types = With(Adams(), {"Lion", "Lamb", "Muon"})},
-      {.path = "optimizer.params.eps", .note = "outside of the square root",
+      {.path = "optimizer.params.eps",
+       .note = "outside of the square root, but for Lamb with eps_inside_sqrt",
        .slot = SLOT(optimizer.eps), .min = 0, .max = kRealMax,
        .types = With(Adams(), {"Lamb", "Adagrad", "Muon"})},
       {.path = "optimizer.params.weight_decay",
@@ -87,11 +88,6 @@ void AppendAdamKeys(std::vector<ConfigKey>* keys) {
 
 void AppendOtherOptimizerKeys(std::vector<ConfigKey>* keys) {
   const auto serve = [keys](ConfigKey key) { keys->push_back(std::move(key)); };
-  const auto later = [keys](ConfigKey key) {
-    key.served = Served::kNotYet;
-    key.note = kOptimizerLater;
-    keys->push_back(std::move(key));
-  };
   serve({.path = "optimizer.params.lr_decay", .slot = SLOT(optimizer.lr_decay), .min = 0,
          .max = kRealMax, .types = {"Adagrad"}});
   serve({.path = "optimizer.params.initial_accumulator_value",
@@ -103,17 +99,26 @@ void AppendOtherOptimizerKeys(std::vector<ConfigKey>* keys) {
          .max = 1, .types = {"SGD"}});
   serve({.path = "optimizer.params.nesterov", .slot = SLOT(optimizer.nesterov),
          .types = {"SGD"}});
-  later({.path = "optimizer.params.eps_inside_sqrt", .slot = SLOT(optimizer.eps_inside_sqrt),
+  serve({.path = "optimizer.params.eps_inside_sqrt", .slot = SLOT(optimizer.eps_inside_sqrt),
          .types = {"Lamb"}});
-  later({.path = "optimizer.params.max_coeff", .slot = SLOT(optimizer.max_coeff), .min = 0,
-         .max = kRealMax, .types = {"Lamb"}});
-  later({.path = "optimizer.params.min_coeff", .slot = SLOT(optimizer.min_coeff), .min = 0,
-         .max = kRealMax, .types = {"Lamb"}});
-  later({.path = "optimizer.params.muon_lr", .slot = SLOT(optimizer.muon_lr), .min = 0,
+  serve({.path = "optimizer.params.max_coeff",
+         .note = "of the ratio of a parameter's norm to its update's; both of whole parameters at "
+                 "every stage",
+         .slot = SLOT(optimizer.max_coeff), .min = 0, .max = kRealMax, .types = {"Lamb"}});
+  serve({.path = "optimizer.params.min_coeff", .note = "of the same ratio",
+         .slot = SLOT(optimizer.min_coeff), .min = 0, .max = kRealMax, .types = {"Lamb"}});
+  serve({.path = "optimizer.params.muon_lr",
+         .note = "of what has two dimensions or more and no \"embed\" or \"lm_head\" in its name, "
+                 "or as each parameter's use_muon says; left out: lr, else 0.02",
+         .slot = SLOT(optimizer.muon_lr), .min = 0,
          .max = kRealMax, .types = {"Muon"}});
-  later({.path = "optimizer.params.adam_lr", .slot = SLOT(optimizer.adam_lr), .min = 0,
+  serve({.path = "optimizer.params.adam_lr",
+         .note = "of the other parameters, which AdamW updates; left out: lr, else 0.0003",
+         .slot = SLOT(optimizer.adam_lr), .min = 0,
          .max = kRealMax, .types = {"Muon"}});
-  later({.path = "optimizer.params.ns_method", .slot = SLOT(optimizer.ns_method),
+  serve({.path = "optimizer.params.ns_method",
+         .note = "in fp32, of whole matrices at every stage: a matrix is kept by one node",
+         .slot = SLOT(optimizer.ns_method),
          .choices = {"gram", "standard"}, .types = {"Muon"}});
 }
 

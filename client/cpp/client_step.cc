@@ -102,7 +102,11 @@ absl::Status ClientImpl::PostStep(const StepRequest& request) {
     r.initial_accumulator_value = group.initial_accumulator_value;
     r.flags = (group.decoupled ? uint64_t{shm::kDecoupled} : 0) |
               (group.bias_correction ? uint64_t{shm::kBiasCorrection} : 0) |
-              (group.nesterov ? uint64_t{shm::kNesterov} : 0);
+              (group.nesterov ? uint64_t{shm::kNesterov} : 0) |
+              (group.eps_inside_sqrt ? uint64_t{shm::kEpsInsideSqrt} : 0) |
+              (group.standard_newton_schulz ? uint64_t{shm::kStandardNewtonSchulz} : 0);
+    r.min_coeff = group.min_coeff;
+    r.max_coeff = group.max_coeff;
   }
   memcpy(&submit()->step, &record, sizeof(record));
   shm::SubmitEntry entry{};

@@ -7,6 +7,8 @@
 #include "base/config_parse.h"
 #include "base/status.h"
 #include "client/ctl/models.h"
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
 #include "client/ctl/tables.h"
 
 namespace zerod::ctl {
@@ -16,10 +18,25 @@ namespace {
 v1::OptimizerKind OptimizerOf(const Config::Optimizer& optimizer) {
   if (optimizer.type == "Lion") return v1::OPTIMIZER_KIND_LION;
   if (optimizer.type == "Adagrad") return v1::OPTIMIZER_KIND_ADAGRAD;
+  if (optimizer.type == "Lamb") return v1::OPTIMIZER_KIND_LAMB;
   if (optimizer.type == "SGD") {
     return optimizer.momentum != 0 ? v1::OPTIMIZER_KIND_SGD_MOMENTUM : v1::OPTIMIZER_KIND_SGD;
   }
   return v1::OPTIMIZER_KIND_ADAM;
+}
+
+// The groups of the model's parameters, as the client makes them
+// (client/python/zerod/optimizer.py).
+void SetGroups(const Config::Optimizer& optimizer, v1::Model* model) {
+  if (optimizer.type != "Muon") return model->add_groups(OptimizerOf(optimizer));
+  model->add_groups(v1::OPTIMIZER_KIND_MUON);
+  model->add_groups(v1::OPTIMIZER_KIND_ADAM);
+  for (v1::Parameter& p : *model->mutable_parameters()) {
+    const std::string name = absl::AsciiStrToLower(p.name());
+    const bool hidden =
+        !absl::StrContains(name, "embed") && !absl::StrContains(name, "lm_head");
+    p.set_group(p.shape_size() >= 2 && hidden ? 0 : 1);
+  }
 }
 
 // What the model's modules would decide, and a plan's do not have.
@@ -50,7 +67,7 @@ absl::Status Plan(Daemon* daemon, const PlanArguments& arguments, bool json) {
   request.mutable_model()->set_dtype(parsed.config.fp16.enabled ? v1::DATA_TYPE_FLOAT16
                                      : parsed.config.bf16       ? v1::DATA_TYPE_BFLOAT16
                                                                 : v1::DATA_TYPE_FLOAT32);
-  request.mutable_model()->add_groups(OptimizerOf(parsed.config.optimizer));
+  SetGroups(parsed.config.optimizer, request.mutable_model());
   request.set_nodes(arguments.nodes);
   request.set_world(source.world);
   request.set_node_memory_bytes(arguments.node_memory_bytes);

@@ -147,6 +147,13 @@ struct StartApply {
   UnitIndex unit = 0;
   std::shared_ptr<const ApplyPlan> plan;
 };
+// The first pass of a step over one unit with tensors that are updated as a whole: their moments on
+// what this member keeps, and the squares of Layout::TensorPieces of its own shard. Then
+// OnMeasured; StartApply follows when the squares of all members are there.
+struct StartMeasure {
+  UnitIndex unit = 0;
+  std::shared_ptr<const ApplyPlan> plan;  // without squares
+};
 // The origin's client has the values in its transfer area; each member that keeps some of them
 // (owners; of weights every member for a resident unit) stores them. Then OnEntryDone.
 struct StartPut {
@@ -177,8 +184,8 @@ struct End {
 };
 using Action =
     std::variant<Complete, FailSlot, Send, Connect, StartAllGather, StartReduce, StartAccumulate,
-                 StartSetAside, DropAside, ComputeNorm, CommitBlobs, StartApply, StartPut,
-                 StartRead, DropGradients, End>;
+                 StartSetAside, DropAside, ComputeNorm, CommitBlobs, StartApply, StartMeasure,
+                 StartPut, StartRead, DropGradients, End>;
 
 enum class JobState : uint8_t { kForming, kRunning, kFailed, kEnded };
 
@@ -230,6 +237,8 @@ class Job {
   // `done` false: there was no memory for it; it lies where it lay.
   void OnSetAsideDone(UnitIndex unit, uint64_t aside, bool done);
   void OnNormDone(Step step, NormPart part);
+  // `squares`: of the pieces of this member's shard of the unit, in order.
+  void OnMeasured(UnitIndex unit, Step step, std::vector<TensorSquares> squares);
   void OnApplyDone(UnitIndex unit, Step step);
   // Ends the job everywhere (an operator, a drain, a fabric that broke). `discard`: its state is
   // given up on purpose, so its id may be used again.
@@ -300,7 +309,9 @@ class Job {
   struct UnitState {
     std::vector<Waiter> waiters;   // gathers not yet answered
     Step applied = 0;              // version of what this member owns
-    bool applying = false;
+    bool applying = false;         // from COMMIT on
+    bool by_tensor = false;        // it waits for TENSOR_NORMS
+    std::vector<TensorSquares> squares;  // of its first pass
     bool forecast = false;         // the copy on its way was not asked for by a client
     uint32_t exchanges = 0;        // gathers, puts and reads in flight
     bool writing = false;          // a PUT is among them
@@ -358,6 +369,7 @@ class Job {
   void StartReduceScatter(const Entry& e);
   void StartCommit(const Entry& e);
   void ApplyCommitted(const Entry& e);
+  void StartTensorNorms(const Entry& e);
   void StartGeneration(const Entry& e);
   void StartPutOrRead(const Entry& e);
   void StartScalar(const Entry& e);
@@ -407,6 +419,8 @@ class Job {
   bool step_reported_ = false;
   bool norm_running_ = false;
   uint32_t applying_ = 0;
+  std::shared_ptr<const ApplyPlan> measured_plan_;  // from COMMIT to TENSOR_NORMS, if that comes
+  uint32_t measuring_ = 0;        // units in their first pass
   bool finishing_step_ = false;   // COMMIT started, clients not yet answered
   StepResult step_result_;
   std::vector<UnitIndex> forecast_;                     // the order in which units will be needed

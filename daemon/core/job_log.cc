@@ -23,6 +23,10 @@ bool Job::Names(const Entry& e) const {
   if (e.kind == EntryKind::kCommit) {
     return e.decision.touched.size() == progress_.parameter_steps.size();
   }
+  if (e.kind == EntryKind::kTensorNorms) {
+    return measured_plan_ != nullptr && measuring_ == 0 && e.step == committed_ &&
+           e.squares.size() == progress_.parameter_steps.size();
+  }
   return e.kind != EntryKind::kRestore || CheckRestore(e.restore).ok();
 }
 
@@ -70,6 +74,8 @@ bool Job::CanStart(const Entry& e) const {
     case EntryKind::kCommit:
       // What is being sent must not be rewritten under the sender.
       return running_.empty() && !norm_running_;
+    case EntryKind::kTensorNorms:
+      return true;  // it comes when every member has measured, and nothing comes before it
     case EntryKind::kLeave:
       return !finishing_step_;
     case EntryKind::kGeneration:
@@ -90,6 +96,7 @@ void Job::Start(const Entry& e) {
       norm_running_ = true;
       return Emit(ComputeNorm{e.step, e.norm_needed});
     case EntryKind::kCommit: return StartCommit(e);
+    case EntryKind::kTensorNorms: return StartTensorNorms(e);
     case EntryKind::kScalar: return StartScalar(e);
     case EntryKind::kRestore: return StartRestore(e);
     case EntryKind::kLeave: return StartLeave(e);
@@ -265,7 +272,11 @@ void Job::ApplyCommitted(const Entry& e) {
   for (size_t p = 0; p < parameters; ++p) {
     if (!e.decision.touched[p]) continue;
     ++steps[p];
-    touched[spec_.layout->parameters()[p].unit] = true;
+    const Parameter& parameter = spec_.layout->parameters()[p];
+    touched[parameter.unit] = true;
+    if (!ByTensor(spec_.layout->optimizer(parameter.group))) continue;
+    units_[parameter.unit].by_tensor = true;
+    measured_plan_ = plan;
   }
   plan->parameter_steps = steps;
   for (UnitIndex i = 0; i < units_.size(); ++i) {
@@ -275,6 +286,11 @@ void Job::ApplyCommitted(const Entry& e) {
       window_.Retract(i, /*refill=*/window_.resident(i));
       u.applying = true;
       ++applying_;
+      if (u.by_tensor) {
+        ++measuring_;
+        Emit(StartMeasure{i, plan});
+        continue;
+      }
       Emit(StartApply{i, plan});
       continue;
     }
@@ -286,6 +302,34 @@ void Job::ApplyCommitted(const Entry& e) {
     }
   }
   forecast_elements_in_flight_ = 0;
+}
+
+void Job::OnMeasured(UnitIndex unit, Step step, std::vector<TensorSquares> squares) {
+  if (state_ == JobState::kFailed || state_ == JobState::kEnded || unit >= units_.size()) return;
+  CHECK(units_[unit].by_tensor);
+  CHECK_EQ(step, committed_);
+  units_[unit].squares = std::move(squares);
+  if (--measuring_ != 0) return;
+  TensorsMeasured measured;
+  measured.step = step;
+  for (UnitState& u : units_) {
+    measured.squares.insert(measured.squares.end(), u.squares.begin(), u.squares.end());
+    u.squares.clear();
+  }
+  Tell(std::move(measured));
+  Advance();
+  Pump();
+}
+
+// The second pass. The first one's plan, and what it had to know of whole tensors.
+void Job::StartTensorNorms(const Entry& e) {
+  if (measured_plan_ == nullptr) return;
+  auto plan = std::make_shared<ApplyPlan>(*std::exchange(measured_plan_, nullptr));
+  plan->squares = e.squares;
+  for (UnitIndex i = 0; i < units_.size(); ++i) {
+    if (!std::exchange(units_[i].by_tensor, false)) continue;
+    Emit(StartApply{i, plan});
+  }
 }
 
 void Job::OnApplyDone(UnitIndex unit, Step step) {

@@ -43,6 +43,14 @@ absl::StatusOr<uint64_t> Elements(const ParameterDescription& p) {
   return n;
 }
 
+absl::Status CheckMatrix(const Parameter& p) {
+  if (p.shape.size() == 2 || p.shape.size() == 4) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("the parameter '", p.name, "' has ", p.shape.size(),
+                   " dimensions, and Muon updates matrices, and filters of 4: set its use_muon to "
+                   "False, so that Adam updates it"));
+}
+
 // 64 Ki, or the power of two that gives a small model some 256 blocks.
 uint64_t BlockElements(uint64_t elements) {
   uint64_t block = kBlockMax;
@@ -105,32 +113,43 @@ absl::StatusOr<Layout> Layout::Build(const ModelDescription& model,
     layout.parameters_.push_back(std::move(p));
   }
 
+  bool matrices = false;
   for (const Parameter& p : layout.parameters_) {
     if (!p.trainable) continue;
     layout.state_tensors_ =
         std::max(layout.state_tensors_, StateTensors(layout.optimizer(p.group)));
+    if (!layout.IsByMatrix(p)) continue;
+    matrices = true;
+    RETURN_IF_ERROR(CheckMatrix(p));
   }
-  layout.Place();
+  layout.Place(/*matrix_align=*/1);
+  layout.block_elements_ = BlockElements(layout.elements_);
+  if (matrices) layout.Place(layout.block_elements_);
   if (layout.chunks_ >= std::numeric_limits<uint32_t>::max()) {
     return absl::InvalidArgumentError("the model needs more than 2^32 chunks of 64 KiB");
   }
-  layout.block_elements_ = BlockElements(layout.elements_);
   for (Unit& unit : layout.units_) unit.blocks = layout.Blocks({0, unit.elements});
 
   layout.hash_ = layout.ComputeHash();
   return layout;
 }
 
-// Gives every parameter its offset, trainable ones first, and every unit its chunks.
-void Layout::Place() {
+// Gives every parameter its offset, trainable ones first, and every unit its chunks. What is
+// updated by matrix comes first of all, from multiples of `matrix_align`.
+void Layout::Place(uint64_t matrix_align) {
+  chunks_ = elements_ = trainable_elements_ = 0;
+  const auto rank = [&](uint32_t i) {
+    return IsByMatrix(parameters_[i]) ? 0 : parameters_[i].trainable ? 1 : 2;
+  };
   for (Unit& unit : units_) {
-    std::stable_partition(unit.parameters.begin(), unit.parameters.end(),
-                          [&](uint32_t i) { return parameters_[i].trainable; });
+    unit.elements = unit.trainable_elements = 0;
+    std::stable_sort(unit.parameters.begin(), unit.parameters.end(),
+                     [&](uint32_t a, uint32_t b) { return rank(a) < rank(b); });
     for (uint32_t i : unit.parameters) {
       Parameter& p = parameters_[i];
-      p.offset = unit.elements;
+      p.offset = IsByMatrix(p) ? RoundUp(unit.elements, matrix_align) : unit.elements;
       // An empty parameter takes a place too, so that every parameter has an address of its own.
-      unit.elements += RoundUp(std::max<uint64_t>(p.elements, 1), kParamAlign);
+      unit.elements = p.offset + RoundUp(std::max<uint64_t>(p.elements, 1), kParamAlign);
       if (p.trainable) unit.trainable_elements = unit.elements;
     }
     unit.chunks = RoundUp(unit.elements * DTypeBytes(dtype_), kChunkBytes) / kChunkBytes;
@@ -139,6 +158,32 @@ void Layout::Place() {
     elements_ += unit.elements;
     trainable_elements_ += unit.trainable_elements;
   }
+}
+
+bool Layout::AnyByTensor(const std::vector<bool>& touched) const {
+  for (size_t p = 0; p < parameters_.size(); ++p) {
+    const Parameter& parameter = parameters_[p];
+    if (touched[p] && parameter.trainable && ByTensor(optimizer(parameter.group))) return true;
+  }
+  return false;
+}
+
+std::vector<TensorPiece> Layout::TensorPieces(UnitIndex u, Range range,
+                                              const std::vector<bool>& touched) const {
+  std::vector<TensorPiece> pieces;
+  for (const uint32_t index : units_[u].parameters) {
+    const Parameter& p = parameters_[index];
+    if (!p.trainable) break;  // the others come behind
+    if (!touched[index] || !ByTensor(optimizer(p.group))) continue;
+    Range left = Intersect(range, {p.offset, p.offset + p.elements});
+    while (!left.empty()) {
+      const uint64_t block_end = (left.begin / block_elements_ + 1) * block_elements_;
+      const uint64_t end = std::min(left.end, block_end);
+      pieces.push_back({index, {left.begin, end}});
+      left.begin = end;
+    }
+  }
+  return pieces;
 }
 
 Hash128 Layout::ComputeHash() const {
@@ -160,20 +205,11 @@ Hash128 Layout::ComputeHash() const {
 Partition::Partition(const Layout& layout, uint32_t members) : members_(members) {
   const uint64_t block = layout.block_elements();
   std::vector<uint64_t> load(members, 0);
-  std::vector<MemberIndex> order(members);
   for (const Unit& unit : layout.units()) {
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(),
-                     [&](MemberIndex a, MemberIndex b) { return load[a] < load[b]; });
-    std::vector<uint64_t> blocks(members, unit.blocks / members);
-    for (uint64_t i = 0; i < unit.blocks % members; ++i) ++blocks[order[i]];
-    // Short last blocks all fall to the later members: what has gathered is evened out.
-    const MemberIndex least = order.front();
-    const MemberIndex most = order.back();
-    if (load[most] - load[least] >= block && blocks[most] > 0 && unit.blocks % members == 0) {
-      --blocks[most];
-      ++blocks[least];
-    }
+    const bool matrices =
+        !unit.parameters.empty() && layout.IsByMatrix(layout.parameters()[unit.parameters[0]]);
+    const std::vector<uint64_t> blocks =
+        matrices ? CutBetweenMatrices(layout, unit, load) : CutEvenly(layout, unit, load);
     uint64_t begin = 0;
     for (MemberIndex m = 0; m < members; ++m) {
       Range r{begin, std::min(begin + blocks[m] * block, unit.elements)};
@@ -183,6 +219,66 @@ Partition::Partition(const Layout& layout, uint32_t members) : members_(members)
     }
     trainable_.push_back(unit.trainable_elements);
   }
+}
+
+// Blocks of the unit for each member that has `load` elements so far.
+std::vector<uint64_t> Partition::CutEvenly(const Layout& layout, const Unit& unit,
+                                           const std::vector<uint64_t>& load) const {
+  std::vector<MemberIndex> order(members_);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](MemberIndex a, MemberIndex b) { return load[a] < load[b]; });
+  std::vector<uint64_t> blocks(members_, unit.blocks / members_);
+  for (uint64_t i = 0; i < unit.blocks % members_; ++i) ++blocks[order[i]];
+  // Short last blocks all fall to the later members: what has gathered is evened out.
+  const MemberIndex least = order.front();
+  const MemberIndex most = order.back();
+  if (load[most] - load[least] >= layout.block_elements() && blocks[most] > 0 &&
+      unit.blocks % members_ == 0) {
+    --blocks[most];
+    ++blocks[least];
+  }
+  return blocks;
+}
+
+// The same where only whole runs of blocks can be given: those of a matrix, or one of the others.
+// The most that any member has is then least: members in order take what fits below a bound.
+std::vector<uint64_t> Partition::CutBetweenMatrices(const Layout& layout, const Unit& unit,
+                                                    const std::vector<uint64_t>& load) const {
+  const uint64_t block = layout.block_elements();
+  std::vector<uint64_t> runs;  // in blocks
+  uint64_t next = 0;
+  for (const uint32_t index : unit.parameters) {
+    const Parameter& p = layout.parameters()[index];
+    if (!layout.IsByMatrix(p)) break;
+    const uint64_t end = (p.offset + std::max<uint64_t>(p.elements, 1) + block - 1) / block;
+    runs.push_back(end - next);
+    next = end;
+  }
+  runs.resize(runs.size() + (unit.blocks - next), 1);
+  std::vector<uint64_t> blocks;
+  const auto fits = [&](uint64_t bound) {
+    blocks.assign(members_, 0);
+    size_t run = 0;
+    for (MemberIndex m = 0; m < members_; ++m) {
+      while (run < runs.size() && load[m] + (blocks[m] + runs[run]) * block <= bound) {
+        blocks[m] += runs[run++];
+      }
+    }
+    return run == runs.size();
+  };
+  uint64_t low = 0;  // does not fit, or is the least
+  uint64_t high = *std::max_element(load.begin(), load.end()) + unit.blocks * block;
+  while (low < high) {
+    const uint64_t middle = low + (high - low) / 2;
+    if (fits(middle)) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  fits(high);
+  return blocks;
 }
 
 Range Partition::TrainableShard(UnitIndex u, MemberIndex m) const {

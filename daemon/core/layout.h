@@ -52,12 +52,14 @@ struct Parameter {
   bool trainable = true;
   uint32_t group = 0;
   UnitIndex unit = 0;
-  uint64_t offset = 0;  // elements from the unit's start, a multiple of kParamAlignElements
+  uint64_t offset = 0;  // elements from the unit's start, a multiple of kParamAlignElements; a
+                        // block boundary for what is updated by matrix
 };
 
 struct Unit {
   std::string name;                  // path of its module
-  std::vector<uint32_t> parameters;  // indices, by offset: the trainable ones first
+  std::vector<uint32_t> parameters;  // indices, by offset: the trainable ones first, of these what
+                                     // is updated by matrix
   uint64_t elements = 0;             // padded to the parameter alignment
   uint64_t trainable_elements = 0;   // gradients and moments exist for [0, trainable_elements)
   uint64_t first_chunk = 0;          // in the clients' address space
@@ -72,6 +74,12 @@ struct Range {  // elements of a unit, [begin, end)
   bool empty() const { return begin >= end; }
 };
 Range Intersect(Range a, Range b);
+
+// Elements of one parameter that lie in one block of its unit.
+struct TensorPiece {
+  uint32_t parameter = 0;  // of the layout
+  Range elements;          // of the unit
+};
 
 class Layout {
  public:
@@ -99,13 +107,23 @@ class Layout {
   OptimizerKind optimizer(uint32_t group) const {
     return groups_.empty() ? OptimizerKind::kAdam : groups_[group];
   }
+  // True where a step that touches these parameters updates some of them by tensor.
+  bool AnyByTensor(const std::vector<bool>& touched) const;
+  bool IsByMatrix(const Parameter& p) const {
+    return p.trainable && ByMatrix(optimizer(p.group));
+  }
+  // Of those parameters, what lies in `range` of the unit, in order: the pieces over which squares
+  // are summed, so that the sum of all of them in layout order has the same bits whoever owns them.
+  // REQUIRES: `range` begins on a block boundary.
+  std::vector<TensorPiece> TensorPieces(UnitIndex u, Range range,
+                                        const std::vector<bool>& touched) const;
   // Tensors of optimizer state kept for every trainable element: the most that any group needs.
   uint32_t state_tensors() const { return state_tensors_; }
   uint64_t UnitBytes(UnitIndex u) const { return units_[u].elements * DTypeBytes(dtype_); }
   const Hash128& hash() const { return hash_; }
 
  private:
-  void Place();
+  void Place(uint64_t matrix_align);
   Hash128 ComputeHash() const;
 
   DType dtype_ = DType::kFloat32;
@@ -122,7 +140,8 @@ class Layout {
 };
 
 // Which elements of each unit each member owns: whole blocks, contiguous, balanced over the
-// layout (the members that have least so far take the odd blocks).
+// layout (the members that have least so far take the odd blocks). What is updated by matrix is
+// whole on one member; there the balance is as good as the matrices' sizes allow.
 class Partition {
  public:
   Partition(const Layout& layout, uint32_t members);
@@ -135,6 +154,11 @@ class Partition {
   uint64_t TrainableShardElements(MemberIndex m) const;
 
  private:
+  std::vector<uint64_t> CutEvenly(const Layout& layout, const Unit& unit,
+                                  const std::vector<uint64_t>& load) const;
+  std::vector<uint64_t> CutBetweenMatrices(const Layout& layout, const Unit& unit,
+                                           const std::vector<uint64_t>& load) const;
+
   uint32_t members_;
   std::vector<Range> shards_;
   std::vector<uint64_t> trainable_;

@@ -147,6 +147,30 @@ void PlanState(const Config& config, const Layout& layout, uint32_t members, Mem
               PageUp(4 * (stage == 0 ? layout.trainable_elements() : trainable_shard));
 }
 
+// An update and what kernels/cpu/muon.h needs to make it orthogonal, which the engine compares.
+uint64_t MatrixScratchElements(const Parameter& p) {
+  constexpr uint64_t kProductScratch = 256 * 1024;
+  const uint64_t rows = static_cast<uint64_t>(p.shape[0]);
+  const uint64_t columns = p.elements / rows;
+  const uint64_t small = std::min(rows, columns);
+  return 2 * p.elements + 4 * small * small + kProductScratch;
+}
+
+void PlanMatrices(const Config& config, const Layout& layout, uint32_t members, MemberIndex self,
+                  JobPlan* plan) {
+  const Partition partition(layout, members);
+  const bool full = config.zero.stage == 0 || members == 1;
+  for (const Parameter& p : layout.parameters()) {
+    if (!layout.IsByMatrix(p) || p.elements == 0) continue;
+    const Range shard = partition.Shard(p.unit, self);
+    if (!full && (p.offset < shard.begin || p.offset >= shard.end)) continue;
+    plan->matrices_at_once = std::min(plan->matrices_at_once + 1, kMatricesAtOnce);
+    plan->matrix_scratch_elements = std::max(
+        plan->matrix_scratch_elements, PageUp(4 * MatrixScratchElements(p)) / sizeof(float));
+  }
+  plan->memory.scratch = 4 * plan->matrices_at_once * plan->matrix_scratch_elements;
+}
+
 void PlanTransfers(const Config& config, const Layout& layout, uint32_t members, JobPlan* plan) {
   const Config::ZeroOptimization& zero = config.zero;
   plan->gather_piece_elements = PieceElements(layout, members, zero.allgather_bucket_size);
@@ -219,7 +243,7 @@ std::vector<std::pair<std::string, uint64_t>> MemoryPlan::Named() const {
   return {{"parameters", parameters},   {"copies", copies},
           {"gradients", gradients},     {"moments", moments},
           {"window", window},           {"accumulator", accumulator},
-          {"client_gradients", client_gradients}, {"staging", staging},
+          {"client_gradients", client_gradients}, {"staging", staging},     {"scratch", scratch},
           {"set_aside", set_aside}, {"control", control}};
 }
 
@@ -258,6 +282,7 @@ absl::StatusOr<JobPlan> PlanJob(const Config& config, const Layout& layout, uint
   JobPlan plan;
   ASSIGN_OR_RETURN(plan.window, PlanWindow(config, layout, members));
   PlanState(config, layout, members, self, &plan);
+  PlanMatrices(config, layout, members, self, &plan);
   PlanTransfers(config, layout, members, &plan);
   plan.transfer_values_bytes = kTransferValuesBytes;
   plan.transfer_bytes = kTransferValuesBytes + PageUp(config.zerod.client_state_bytes_max);

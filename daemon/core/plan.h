@@ -27,6 +27,8 @@ namespace zerod::core {
 //   accumulator node_sum: the node's sum of its clients' gradients
 //   client_gradients  all clients' gradient files
 //   staging     buffers of pieces in flight between members
+//   scratch     for what is updated by matrix: of the largest that this member keeps, and of
+//               kMatricesAtOnce of them
 //   set_aside   node_sum: gradients that left their clients' staging before their turn. Taken at
 //               need and given back with the step, one gradient at most: not part of the plan
 //   control     rings, tables, transfer areas
@@ -39,6 +41,7 @@ struct MemoryPlan {
   uint64_t accumulator = 0;
   uint64_t client_gradients = 0;
   uint64_t staging = 0;
+  uint64_t scratch = 0;
   uint64_t set_aside = 0;
   uint64_t control = 0;
   uint64_t total() const;
@@ -59,6 +62,8 @@ struct JobPlan {
   // What is moved between members is cut into pieces of this many elements of each member's part.
   uint64_t gather_piece_elements = 0;
   uint64_t reduce_piece_elements = 0;
+  uint32_t matrices_at_once = 0;         // updated by matrix, at a time; each has its own
+  uint64_t matrix_scratch_elements = 0;  // floats of scratch, on a page boundary
   // Member 0 begins no further gather while so many elements are being gathered.
   uint64_t in_flight_elements = 0;
   MemoryPlan memory;
@@ -70,6 +75,7 @@ inline constexpr uint64_t kTransferValuesBytes = 4 << 20;
 inline constexpr uint64_t kRingBytes = 88 << 10;
 inline constexpr uint64_t kStagingBytes = 32 << 20;  // at most, of all pieces in flight
 inline constexpr uint32_t kPiecesInFlight = 4;
+inline constexpr uint32_t kMatricesAtOnce = 4;  // at most
 // The smallest of the buckets: with less in flight a network waits for messages.
 inline constexpr uint64_t kBucketElementsMin = 1 << 18;
 

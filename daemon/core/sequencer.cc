@@ -133,6 +133,11 @@ absl::Status Sequencer::OnJoined(MemberIndex from, const Joined& j) const {
 }
 
 absl::Status Sequencer::OnItem(MemberIndex from, const ReportItem& item, std::vector<Entry>* out) {
+  if (measuring_.has_value()) {
+    if (const auto* t = std::get_if<TensorsMeasured>(&item)) return OnMeasured(from, *t, out);
+    held_.emplace_back(from, item);
+    return absl::OkStatus();
+  }
   if (const auto* a = std::get_if<ClientAttached>(&item)) {
     if (a->rank >= spec_->world) return BadMessage(from, "a rank beyond the world");
     attached_[a->rank] = true;
@@ -154,6 +159,9 @@ absl::Status Sequencer::OnItem(MemberIndex from, const ReportItem& item, std::ve
   if (const auto* s = std::get_if<StepReady>(&item)) return OnStep(from, *s, out);
   if (const auto* n = std::get_if<NormReady>(&item)) return OnNorm(from, *n, out);
   if (const auto* s = std::get_if<ScalarReady>(&item)) return OnScalar(from, *s, out);
+  if (std::holds_alternative<TensorsMeasured>(item)) {
+    return BadMessage(from, "squares of tensors that nobody waits for");
+  }
   const StateRequest& r = std::get<StateRequest>(item);
   RETURN_IF_ERROR(CheckRange(r.unit, r.begin, r.count));
   if (static_cast<uint32_t>(r.kind) > spec_->layout->state_tensors()) {
@@ -247,7 +255,7 @@ absl::Status Sequencer::OnWant(MemberIndex from, const Want& w) {
 
 // Not between NORM and COMMIT, which would wait for what nobody needs any more.
 void Sequencer::AppendGathers(std::vector<Entry>* out) {
-  if (!running_ || norm_appended_) return;
+  if (!running_ || norm_appended_ || measuring_.has_value()) return;
   while (const std::optional<WantQueue::Gather> next = wants_.Next()) {
     AddGather(next->unit, next->wants, out);
   }
@@ -448,11 +456,8 @@ std::string Sequencer::Untouched(const std::vector<bool>& touched) const {
 
 void Sequencer::Commit(Decision decision, std::vector<Entry>* out) {
   const Decision::Kind kind = decision.kind;
-  std::vector<bool> touched_units(reduced_round_.size(), false);
-  for (size_t p = 0; p < decision.touched.size(); ++p) {
-    if (decision.touched[p]) touched_units[spec_->layout->parameters()[p].unit] = true;
-  }
   if (loss_scaler_.has_value()) decision.loss_scaler = loss_scaler_->state();
+  const std::vector<bool> touched = decision.touched;
   Entry& e = Add(EntryKind::kCommit, out);
   e.step = committed_ + 1;
   e.decision = std::move(decision);
@@ -460,11 +465,71 @@ void Sequencer::Commit(Decision decision, std::vector<Entry>* out) {
   if (kind == Decision::Kind::kRefuse) return AfterCommit(out);
   ++committed_;
   wants_.Restart(AllMembers(spec_->members));
-  for (UnitIndex u = 0; kind == Decision::Kind::kApply && u < touched_units.size(); ++u) {
-    if (!gather_after_commit_[u] || !touched_units[u]) continue;
-    AddGather(u, AllMembers(spec_->members), out);
+  if (kind == Decision::Kind::kApply) {
+    if (spec_->layout->AnyByTensor(touched)) {
+      measuring_ = touched;
+      return;
+    }
+    GatherResident(touched, out);
   }
   AfterCommit(out);
+}
+
+void Sequencer::GatherResident(const std::vector<bool>& touched, std::vector<Entry>* out) {
+  std::vector<bool> units(reduced_round_.size(), false);
+  for (size_t p = 0; p < touched.size(); ++p) {
+    if (touched[p]) units[spec_->layout->parameters()[p].unit] = true;
+  }
+  for (UnitIndex u = 0; u < units.size(); ++u) {
+    if (gather_after_commit_[u] && units[u]) AddGather(u, AllMembers(spec_->members), out);
+  }
+}
+
+absl::Status Sequencer::OnMeasured(MemberIndex from, const TensorsMeasured& t,
+                                   std::vector<Entry>* out) {
+  MemberState& m = members_[from];
+  size_t pieces = 0;
+  for (UnitIndex u = 0; u < reduced_round_.size(); ++u) {
+    pieces += spec_->layout->TensorPieces(u, partition_.Shard(u, from), *measuring_).size();
+  }
+  if (t.step != committed_ || t.squares.size() != pieces || m.squares.has_value()) {
+    return BadMessage(from, absl::StrCat(t.squares.size(), " squares for ", pieces,
+                                         " pieces of tensors"));
+  }
+  m.squares = t.squares;
+  for (const MemberState& other : members_) {
+    if (!other.squares.has_value()) return absl::OkStatus();
+  }
+  Entry& e = Add(EntryKind::kTensorNorms, out);
+  e.step = committed_;
+  e.squares = CombineSquares();
+  for (MemberState& other : members_) other.squares.reset();
+  const std::vector<bool> touched = *std::exchange(measuring_, std::nullopt);
+  GatherResident(touched, out);
+  const uint64_t generation = generation_;
+  AfterCommit(out);
+  for (const auto& [member, item] : std::exchange(held_, {})) {
+    if (generation_ != generation) break;  // stale
+    RETURN_IF_ERROR(OnItem(member, item, out));
+  }
+  return absl::OkStatus();
+}
+
+// Partial sums are combined in layout order, whoever owns the pieces.
+std::vector<TensorSquares> Sequencer::CombineSquares() const {
+  std::vector<TensorSquares> sums(spec_->layout->parameters().size());
+  std::vector<size_t> next(members_.size(), 0);
+  for (UnitIndex u = 0; u < reduced_round_.size(); ++u) {
+    for (MemberIndex m = 0; m < members_.size(); ++m) {
+      for (const TensorPiece& piece :
+           spec_->layout->TensorPieces(u, partition_.Shard(u, m), *measuring_)) {
+        const TensorSquares& of = (*members_[m].squares)[next[m]++];
+        sums[piece.parameter].weight += of.weight;
+        sums[piece.parameter].update += of.update;
+      }
+    }
+  }
+  return sums;
 }
 
 // Who left or died while the step was being decided.

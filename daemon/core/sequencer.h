@@ -45,6 +45,7 @@ class Sequencer {
     bool refused = false;  // another layout, configuration or world
     std::optional<StepReady> step;
     std::optional<NormPart> norm;
+    std::optional<std::vector<TensorSquares>> squares;
     std::vector<uint8_t> ready_round;  // per unit
     std::map<uint64_t, ScalarReady> scalars;
   };
@@ -55,6 +56,7 @@ class Sequencer {
   absl::Status OnGradients(MemberIndex from, const GradientsReady& g, std::vector<Entry>* out);
   absl::Status OnStep(MemberIndex from, const StepReady& s, std::vector<Entry>* out);
   absl::Status OnNorm(MemberIndex from, const NormReady& n, std::vector<Entry>* out);
+  absl::Status OnMeasured(MemberIndex from, const TensorsMeasured& t, std::vector<Entry>* out);
   absl::Status OnScalar(MemberIndex from, const ScalarReady& s, std::vector<Entry>* out);
   void Reduce(const std::map<Rank, ScalarValues>& by_rank, Entry* e) const;
   void OnGone(const ClientGone& g, std::vector<Entry>* out);
@@ -67,6 +69,8 @@ class Sequencer {
   void MaybeDecide(std::vector<Entry>* out);
   void SetLossScale(Decision* decision);
   void Commit(Decision decision, std::vector<Entry>* out);
+  std::vector<TensorSquares> CombineSquares() const;
+  void GatherResident(const std::vector<bool>& touched, std::vector<Entry>* out);
   void AfterCommit(std::vector<Entry>* out);
   void Leave(Rank rank, std::vector<Entry>* out);
   void NewGeneration(std::vector<Entry>* out);
@@ -88,6 +92,10 @@ class Sequencer {
   WantQueue wants_;
   std::vector<uint8_t> reduced_round_;  // per unit: appended in this step
   bool norm_appended_ = false;
+  // From a COMMIT to its TENSOR_NORMS: the parameters touched. Nothing is appended between them,
+  // because the log would wait there for units that wait for TENSOR_NORMS.
+  std::optional<std::vector<bool>> measuring_;
+  std::vector<std::pair<MemberIndex, ReportItem>> held_;  // what was reported meanwhile
   bool discarded_ = false;
   bool norm_needed_ = false;
   uint64_t scalars_done_ = 0;

@@ -22,16 +22,25 @@ absl::Status CheckGroup(OptimizerKind kind, const Group& g) {
     return Refuse("lr and weight_decay must be finite");
   }
   const bool adam = kind == OptimizerKind::kAdam;
-  if ((adam || kind == OptimizerKind::kLion) && (!IsShare(g.beta1) || !IsShare(g.beta2))) {
+  const bool lamb = kind == OptimizerKind::kLamb;
+  if ((adam || lamb || kind == OptimizerKind::kLion) &&
+      (!IsShare(g.beta1) || !IsShare(g.beta2))) {
     return Refuse("betas must lie in [0, 1)");
   }
-  if ((adam || kind == OptimizerKind::kAdagrad) && (!std::isfinite(g.eps) || g.eps < 0)) {
+  if ((adam || lamb || kind == OptimizerKind::kAdagrad) &&
+      (!std::isfinite(g.eps) || g.eps < 0)) {
     return Refuse("eps must be finite and not negative");
   }
   if (kind == OptimizerKind::kAdagrad &&
       (!std::isfinite(g.lr_decay) || g.lr_decay < 0 ||
        !std::isfinite(g.initial_accumulator_value) || g.initial_accumulator_value < 0)) {
     return Refuse("lr_decay and initial_accumulator_value must be finite and not negative");
+  }
+  if (lamb && (!std::isfinite(g.max_coeff) || g.min_coeff < 0 || !(g.min_coeff <= g.max_coeff))) {
+    return Refuse("min_coeff must not be negative nor above max_coeff, which must be finite");
+  }
+  if (kind == OptimizerKind::kMuon && !IsShare(g.momentum)) {
+    return Refuse("momentum must lie in [0, 1)");
   }
   if (kind == OptimizerKind::kSgd && (g.momentum != 0 || g.nesterov)) {
     return Refuse("the job was begun without momentum, so there is no memory for it");
@@ -89,6 +98,8 @@ Hash128 HyperParameters::Hash() const {
     h.Add(g.lr).Add(g.beta1).Add(g.beta2).Add(g.eps).Add(g.weight_decay).Add(g.momentum);
     h.Add(g.dampening).Add(g.lr_decay).Add(g.initial_accumulator_value);
     h.Add(uint64_t{g.decoupled}).Add(uint64_t{g.bias_correction}).Add(uint64_t{g.nesterov});
+    h.Add(g.min_coeff).Add(g.max_coeff).Add(uint64_t{g.eps_inside_sqrt});
+    h.Add(uint64_t{g.standard_newton_schulz});
   }
   return h.Finish();
 }

@@ -64,26 +64,39 @@ enum class OptimizerKind : uint8_t {
   kAdagrad = 3,
   kSgd = 4,          // without momentum
   kSgdMomentum = 5,
+  kLamb = 6,         // by tensor: kernels/cpu/lamb.h
+  kMuon = 7,         // by matrix: kernels/cpu/muon.h
 };
+// True where a step of one element depends on norms of its whole tensor: such a step is taken in
+// two passes, with TENSOR_NORMS between them.
+constexpr bool ByTensor(OptimizerKind kind) { return kind == OptimizerKind::kLamb; }
+// True where it depends on all elements of its matrix, and not by sums: then no shard cuts one.
+constexpr bool ByMatrix(OptimizerKind kind) { return kind == OptimizerKind::kMuon; }
 // fp32 tensors of state beside the master copy, StateKind::kExpAvg first.
 constexpr uint32_t StateTensors(OptimizerKind kind) {
-  return kind == OptimizerKind::kAdam ? 2 : kind == OptimizerKind::kSgd ? 0 : 1;
+  return kind == OptimizerKind::kAdam || kind == OptimizerKind::kLamb ? 2
+         : kind == OptimizerKind::kSgd                                ? 0
+                                                                      : 1;
 }
 
 // A parameter group's hyper-parameters in one step. Each kind reads its own.
 struct Group {
   double lr = 0;
-  double beta1 = 0;         // Adam, Lion
-  double beta2 = 0;         // Adam, Lion
-  double eps = 0;           // Adam, Adagrad
+  double beta1 = 0;         // Adam, Lion, LAMB
+  double beta2 = 0;         // Adam, Lion, LAMB
+  double eps = 0;           // Adam, Adagrad, LAMB
   double weight_decay = 0;
-  double momentum = 0;      // kSgdMomentum
+  double momentum = 0;      // kSgdMomentum, Muon
   double dampening = 0;     // kSgdMomentum
   double lr_decay = 0;      // Adagrad
   double initial_accumulator_value = 0;  // Adagrad
   bool decoupled = true;        // Adam: AdamW's weight decay
-  bool bias_correction = true;  // Adam
-  bool nesterov = false;        // kSgdMomentum
+  bool bias_correction = true;  // Adam, LAMB
+  bool nesterov = false;        // kSgdMomentum, Muon
+  double min_coeff = 0.01;      // LAMB: bounds of the trust ratio
+  double max_coeff = 10;
+  bool eps_inside_sqrt = false;  // LAMB
+  bool standard_newton_schulz = false;  // Muon: not by the Gram matrix
   friend bool operator==(const Group&, const Group&) = default;
 };
 // OK, or INVALID_ARGUMENT naming what `kind` cannot compute with.
@@ -117,12 +130,21 @@ struct Decision {
   std::string reason;
 };
 
+// Sums of squares over elements of one tensor: of its weights before the step, and of the update
+// before it is scaled.
+struct TensorSquares {
+  double weight = 0;
+  double update = 0;
+  friend bool operator==(const TensorSquares&, const TensorSquares&) = default;
+};
+
 // What an owner needs to apply a step: the decision, and each parameter's own count of applied
 // steps including this one (an untouched parameter's does not advance).
 struct ApplyPlan {
   Step step = 0;
   Decision decision;
   std::vector<uint64_t> parameter_steps;
+  std::vector<TensorSquares> squares;  // per parameter, where some are updated by tensor
 };
 
 // One member's part of NORM k.
@@ -154,15 +176,16 @@ enum class EntryKind : uint8_t {
   kLeave = 9,      // `rank` detached of its own will
   kGeneration = 10,  // `rank` died: everything before this is finished, then clients attach anew
   kRestore = 11,   // the optimizer's counts and the loss scale are set
+  kTensorNorms = 12,  // directly behind a COMMIT with tensors that are updated as a whole
 };
-inline constexpr EntryKind kEntryKindLast = EntryKind::kRestore;
+inline constexpr EntryKind kEntryKindLast = EntryKind::kTensorNorms;
 
 struct Entry {
   uint64_t seq = 0;  // from 1, without gaps, for the life of the job; also the fabric's tag
   uint64_t generation = 0;
   EntryKind kind = EntryKind::kStart;
   UnitIndex unit = 0;
-  Step step = 0;         // kAllGather: the version; kReduceScatter, kNorm, kCommit: the step
+  Step step = 0;         // kAllGather: the version; of a step's entries: the step
   uint32_t round = 0;    // kReduceScatter: 1, 2, ... within the step
   MemberSet wants = 0;   // kAllGather
   MemberIndex origin = 0;  // kPut, kRead: whose client
@@ -177,6 +200,7 @@ struct Entry {
   bool norm_needed = false;  // kNorm: somebody clips, asks, or skips by it
   Decision decision;     // kCommit
   OptimizerProgress restore;  // kRestore
+  std::vector<TensorSquares> squares;  // kTensorNorms: per parameter; zeros where not wanted
 };
 
 // --- Messages --------------------------------------------------------------------------------
@@ -221,6 +245,10 @@ struct NormReady {
   Step step = 0;
   NormPart part;
 };
+struct TensorsMeasured {  // the first pass of a step is done here
+  Step step = 0;
+  std::vector<TensorSquares> squares;  // of TensorPieces of the sender's shards, in layout order
+};
 struct StateRequest {  // a client's PUT or READ of some elements of a unit
   bool put = false;
   SlotIndex slot = 0;
@@ -240,7 +268,8 @@ struct Failed {  // the sender cannot go on: the job ends everywhere
   bool discard = false;  // its state is given up on purpose
 };
 using ReportItem = std::variant<Joined, ClientAttached, ClientGone, Want, GradientsReady, StepReady,
-                                NormReady, StateRequest, ScalarReady, Failed, Forecasted>;
+                                NormReady, StateRequest, ScalarReady, Failed, Forecasted,
+                                TensorsMeasured>;
 
 struct Report {
   uint64_t generation = 0;  // 0 with Joined only

@@ -355,28 +355,93 @@ void JobRunnerImpl::Do(core::ComputeNorm& action) {
   });
 }
 
+void JobRunnerImpl::Do(core::StartMeasure& action) {
+  const core::Layout& layout = *request_.layout;
+  const UnitIndex unit = action.unit;
+  if (absl::Status status = CheckApply(layout, unit, *action.plan); !status.ok()) {
+    return Broken(status);
+  }
+  auto task = std::make_shared<MeasureTask>();
+  task->context = &move_;
+  task->unit = unit;
+  task->plan = action.plan;
+  task->sources = book_->FinalSources(unit, action.plan->step, Clients());
+  task->copy = window_->Copy(unit);
+  task->pieces =
+      layout.TensorPieces(unit, store_->TrainRange(unit), action.plan->decision.touched);
+  task->squares.resize(task->pieces.size());
+  auto cuts = std::make_shared<std::vector<size_t>>(1, 0);  // of the pieces, into parts
+  uint64_t elements = 0;
+  for (size_t i = 0; i < task->pieces.size(); ++i) {
+    elements += task->pieces[i].elements.size();
+    if (elements < kPartElements && i + 1 < task->pieces.size()) continue;
+    cuts->push_back(i + 1);
+    elements = 0;
+  }
+  const absl::Status status = workers_->Run(
+      cuts->size() - 1,
+      [task, cuts](size_t part) { Measure(task.get(), (*cuts)[part], (*cuts)[part + 1]); },
+      [this, task] {
+        // Where more is kept than owned, each square is told by its owner alone.
+        const Range own = partition_->Shard(task->unit, request_.self);
+        std::vector<core::TensorSquares> squares;
+        for (size_t i = 0; i < task->pieces.size(); ++i) {
+          const Range& piece = task->pieces[i].elements;
+          if (own.begin <= piece.begin && piece.end <= own.end) {
+            squares.push_back(task->squares[i]);
+          }
+        }
+        job_->OnMeasured(task->unit, task->plan->step, std::move(squares));
+      });
+  if (!status.ok()) Broken(status);
+}
+
 void JobRunnerImpl::Do(core::StartApply& action) {
   auto task = std::make_shared<ApplyTask>();
   task->context = &move_;
   task->unit = action.unit;
   task->plan = action.plan;
   task->copy = window_->Copy(action.unit);
-  if (absl::Status status = CheckApply(*task); !status.ok()) return Broken(status);
+  if (absl::Status status = CheckApply(*request_.layout, action.unit, *action.plan);
+      !status.ok()) {
+    return Broken(status);
+  }
   task->sources = book_->FinalSources(action.unit, action.plan->step, Clients());
   const Range range = store_->TrainRange(action.unit);
   const absl::Time since = MonotonicNow();
   const uint64_t copied =
       job_->ValidAfterApply(action.unit) ? request_.layout->UnitBytes(action.unit) : 0;
+  const std::vector<size_t> matrices = TouchedMatrices(*task);
+  auto left = std::make_shared<size_t>(matrices.size() + 1);
+  const auto done = [this, left, unit = action.unit, step = action.plan->step, since, copied] {
+    if (--*left != 0) return;
+    metrics_->Observe(metrics::Latency::kApply, SecondsSince(since));
+    bytes_gathered_ += copied;
+    metrics_->Add(metrics::Traffic::kGatheredToWindow, copied);
+    job_->OnApplyDone(unit, step);
+  };
+  for (const size_t place : matrices) {
+    matrices_->Push([task, place](float* scratch) { ApplyMatrix(*task, place, scratch); }, done);
+  }
   const absl::Status status = workers_->Run(
       range.empty() ? 0 : PartsOf(range.size()),
-      [task, range](size_t part) { Apply(*task, PartOf(range, part)); },
-      [this, unit = action.unit, step = action.plan->step, since, copied] {
-        metrics_->Observe(metrics::Latency::kApply, SecondsSince(since));
-        bytes_gathered_ += copied;
-        metrics_->Add(metrics::Traffic::kGatheredToWindow, copied);
-        job_->OnApplyDone(unit, step);
-      });
+      [task, range](size_t part) { Apply(*task, PartOf(range, part)); }, done);
   if (!status.ok()) Broken(status);
+}
+
+// Places in the unit of what is to be updated by matrix here.
+std::vector<size_t> JobRunnerImpl::TouchedMatrices(const ApplyTask& task) const {
+  const core::Layout& layout = *request_.layout;
+  const std::vector<uint32_t>& parameters = layout.units()[task.unit].parameters;
+  const Range kept = store_->TrainRange(task.unit);
+  std::vector<size_t> places;
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    const core::Parameter& p = layout.parameters()[parameters[i]];
+    if (!layout.IsByMatrix(p)) break;  // they come first
+    const bool here = p.elements > 0 && p.offset >= kept.begin && p.offset < kept.end;
+    if (here && task.plan->decision.touched[parameters[i]]) places.push_back(i);
+  }
+  return places;
 }
 
 }  // namespace zerod::engine

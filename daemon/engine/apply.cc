@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "daemon/engine/narrow.h"
+#include "kernels/cpu/lamb.h"
 #include "kernels/cpu/optimizers.h"
 
 namespace zerod::engine {
@@ -17,14 +18,31 @@ using core::Range;
 constexpr uint64_t kZeroElements = 16 * 1024;
 const float kZeros[kZeroElements] = {};
 
-// One parameter's part of one step.
+// The same in both passes.
+kernels::LambScalars LambScalarsOf(const core::Group& group, uint64_t t, double grad_scale) {
+  kernels::LambOptions options;
+  options.lr = group.lr;
+  options.beta1 = group.beta1;
+  options.beta2 = group.beta2;
+  options.eps = group.eps;
+  options.eps_inside_sqrt = group.eps_inside_sqrt;
+  options.weight_decay = group.weight_decay;
+  options.bias_correction = group.bias_correction;
+  return kernels::MakeLambScalars(options, t, grad_scale);
+}
+
+// One parameter's part of one step; by tensor, of its second pass.
 class ParameterUpdate {
  public:
-  // `t`: the steps that this parameter has taken, this one included.
   ParameterUpdate(const ShardStore* store, core::UnitIndex unit, core::OptimizerKind kind,
-                  const core::Group& group, uint64_t t, double grad_scale,
+                  const core::ApplyPlan& plan, uint32_t parameter, uint32_t group_index,
                   const absl::InlinedVector<Source, 4>* sources)
-      : store_(*store), unit_(unit), kind_(kind), group_(group), t_(t), sources_(*sources) {
+      : store_(*store), unit_(unit), kind_(kind),
+        group_(plan.decision.hyper.groups[group_index]),
+        t_(plan.parameter_steps[parameter]), sources_(*sources) {
+    const core::Group& group = group_;
+    const uint64_t t = t_;
+    const double grad_scale = plan.decision.grad_scale;
     switch (kind) {
       case core::OptimizerKind::kAdam:
         adam_ = kernels::MakeAdamWScalars(group.lr, group.beta1, group.beta2, group.eps,
@@ -44,6 +62,15 @@ class ParameterUpdate {
         sgd_ = kernels::MakeSgdScalars(group.lr, group.momentum, group.dampening,
                                        group.weight_decay, group.nesterov, t, grad_scale);
         break;
+      case core::OptimizerKind::kMuon:
+        break;  // ApplyMatrix
+      case core::OptimizerKind::kLamb: {
+        lamb_ = LambScalarsOf(group, t, grad_scale);
+        const core::TensorSquares& squares = plan.squares[parameter];
+        trust_ratio_ = kernels::LambTrustRatio({squares.weight, squares.update}, group.min_coeff,
+                                               group.max_coeff);
+        break;
+      }
     }
   }
 
@@ -80,6 +107,11 @@ class ParameterUpdate {
         return kernels::Sgd(sgd_, in, count, p, nullptr, copy, n);
       case core::OptimizerKind::kSgdMomentum:
         return kernels::Sgd(sgd_, in, count, p, first, copy, n);
+      case core::OptimizerKind::kLamb:
+        return kernels::LambApply(lamb_, trust_ratio_, p, first, store_.moment(1, unit_, begin),
+                                  copy, n);
+      case core::OptimizerKind::kMuon:
+        return;
     }
   }
 
@@ -87,14 +119,16 @@ class ParameterUpdate {
   const core::UnitIndex unit_;
   const core::OptimizerKind kind_;
   const core::Group& group_;
-  const uint64_t t_;
+  const uint64_t t_;  // the steps that this parameter has taken, this one included
   const absl::InlinedVector<Source, 4>& sources_;
   union {
     kernels::AdamWScalars adam_;
     kernels::LionScalars lion_;
     kernels::AdagradScalars adagrad_;
     kernels::SgdScalars sgd_;
+    kernels::LambScalars lamb_;
   };
+  float trust_ratio_ = 1;
 };
 
 // Where the elements `part` of the unit's i-th parameter lie, if its first one lies at begins[i].
@@ -106,58 +140,106 @@ uint64_t PlaceOf(const MoveContext& c, core::UnitIndex u, size_t i,
 
 }  // namespace
 
-absl::Status CheckApply(const ApplyTask& task) {
-  const core::Layout& layout = *task.context->layout;
-  const core::Decision& decision = task.plan->decision;
+absl::Status CheckApply(const core::Layout& layout, core::UnitIndex unit,
+                        const core::ApplyPlan& plan) {
+  const core::Decision& decision = plan.decision;
   const size_t parameters = layout.parameters().size();
-  if (decision.touched.size() != parameters || task.plan->parameter_steps.size() != parameters) {
+  if (decision.touched.size() != parameters || plan.parameter_steps.size() != parameters) {
     return absl::InternalError(
-        absl::StrCat("the commit of step ", task.plan->step, " speaks of ",
+        absl::StrCat("the commit of step ", plan.step, " speaks of ",
                      decision.touched.size(), " parameters, the layout has ", parameters));
   }
-  for (uint32_t index : layout.units()[task.unit].parameters) {
+  for (uint32_t index : layout.units()[unit].parameters) {
     const core::Parameter& p = layout.parameters()[index];
     if (p.trainable && decision.touched[index] && p.group >= decision.hyper.groups.size()) {
       return absl::InternalError(absl::StrCat(
-          "the commit of step ", task.plan->step, " has ", decision.hyper.groups.size(),
+          "the commit of step ", plan.step, " has ", decision.hyper.groups.size(),
           " parameter groups, parameter '", p.name, "' is in group ", p.group));
     }
   }
   return absl::OkStatus();
 }
 
-void Apply(const ApplyTask& task, Range range) {
+void UpdateWeights(const ApplyTask& task, Range part,
+                   const std::function<void(Range, float*, kernels::Copy)>& update) {
   const MoveContext& c = *task.context;
   const ShardStore& store = *c.store;
-  const core::Decision& decision = task.plan->decision;
-  const core::Unit& unit = c.layout->units()[task.unit];
   const core::DType dtype = c.layout->dtype();
   const bool fp32 = dtype == core::DType::kFloat32;
   // Below stage 3 the window's copy of what is updated here is the one to send from; else it is
   // written here only where nobody else will (core::Job::ValidAfterApply).
   const bool to_window = c.plan->window.resident[task.unit] && (store.full() || c.stage < 3);
+  if (c.plan->master_in_window) {
+    task.copy.ForEach(part, [&](std::byte* data, Range piece) {
+      update(piece, reinterpret_cast<float*>(data), nullptr);
+    });
+  } else if (to_window && !fp32) {
+    task.copy.ForEach(part, [&](std::byte* data, Range piece) {
+      update(piece, store.master(task.unit, piece.begin), CopyAt(dtype, data));
+    });
+  } else {
+    float* const master = store.master(task.unit, part.begin);
+    // In a float32 job there are none, and CopyAt is null.
+    update(part, master, CopyAt(dtype, store.copy(task.unit, part.begin)));
+    if (to_window) task.copy.Store(part, master);
+  }
+}
+
+void Apply(const ApplyTask& task, Range range) {
+  const MoveContext& c = *task.context;
+  const core::Decision& decision = task.plan->decision;
+  const core::Unit& unit = c.layout->units()[task.unit];
   ForEachParameter(*c.layout, task.unit, range, [&](size_t i, Range part) {
     const uint32_t index = unit.parameters[i];
-    if (!decision.touched[index]) return;
-    const uint32_t group = c.layout->parameters()[index].group;
-    const ParameterUpdate update(&store, task.unit, c.layout->optimizer(group),
-                                 decision.hyper.groups[group], task.plan->parameter_steps[index],
-                                 decision.grad_scale, &task.sources->of[i]);
-    if (c.plan->master_in_window) {
-      task.copy.ForEach(part, [&](std::byte* data, Range piece) {
-        update.Run(piece, reinterpret_cast<float*>(data), nullptr);
-      });
-    } else if (to_window && !fp32) {
-      task.copy.ForEach(part, [&](std::byte* data, Range piece) {
-        update.Run(piece, store.master(task.unit, piece.begin), CopyAt(dtype, data));
-      });
-    } else {
-      float* const master = store.master(task.unit, part.begin);
-      // In a float32 job there are none, and CopyAt is null.
-      update.Run(part, master, CopyAt(dtype, store.copy(task.unit, part.begin)));
-      if (to_window) task.copy.Store(part, master);
-    }
+    const core::Parameter& parameter = c.layout->parameters()[index];
+    if (!decision.touched[index] || c.layout->IsByMatrix(parameter)) return;
+    const ParameterUpdate update(c.store, task.unit, c.layout->optimizer(parameter.group),
+                                 *task.plan, index, parameter.group, &task.sources->of[i]);
+    UpdateWeights(task, part, [&](Range piece, float* weights, kernels::Copy copy) {
+      update.Run(piece, weights, copy);
+    });
   });
+}
+
+void Measure(MeasureTask* task, size_t first, size_t last) {
+  const MoveContext& c = *task->context;
+  const ShardStore& store = *c.store;
+  const std::vector<uint32_t>& parameters = c.layout->units()[task->unit].parameters;
+  thread_local std::vector<float> weights;
+  thread_local std::vector<float> zeros;
+  size_t place = 0;  // in the unit
+  for (size_t i = first; i < last; ++i) {
+    const core::TensorPiece& piece = task->pieces[i];
+    while (parameters[place] != piece.parameter) ++place;
+    const Range range = piece.elements;
+    absl::InlinedVector<const float*, 8> gradients;
+    for (const Source& source : task->sources->of[place]) {
+      gradients.push_back(source.At(range.begin));
+    }
+    if (gradients.empty()) {
+      if (zeros.size() < range.size()) zeros.resize(range.size());
+      gradients.push_back(zeros.data());
+    }
+    const float* p = nullptr;
+    if (!c.plan->master_in_window) {
+      p = store.master(task->unit, range.begin);
+    } else if (const std::byte* in_window = task->copy.Contiguous(range)) {
+      p = reinterpret_cast<const float*>(in_window);
+    } else {
+      // A piece's squares are those of one array.
+      if (weights.size() < range.size()) weights.resize(range.size());
+      task->copy.Load(range, weights.data());
+      p = weights.data();
+    }
+    const core::Group& group =
+        task->plan->decision.hyper.groups[c.layout->parameters()[piece.parameter].group];
+    const kernels::LambSquares squares = kernels::LambMoments(
+        LambScalarsOf(group, task->plan->parameter_steps[piece.parameter],
+                      task->plan->decision.grad_scale),
+        gradients.data(), gradients.size(), p, store.moment(0, task->unit, range.begin),
+        store.moment(1, task->unit, range.begin), range.size());
+    task->squares[i] = {squares.p, squares.u};
+  }
 }
 
 void Accumulate(const AccumulateTask& task, Range range) {

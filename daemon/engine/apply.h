@@ -5,6 +5,7 @@
 // elements, so that it can be shared out; elements are independent and no cutting changes a bit.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -12,6 +13,7 @@
 #include "daemon/engine/gradient_book.h"
 #include "daemon/engine/movements.h"
 #include "daemon/engine/window_files.h"
+#include "kernels/cpu/optimizers.h"
 #include "storage/arena/arena.h"
 
 namespace zerod::engine {
@@ -24,9 +26,29 @@ struct ApplyTask {
   UnitCopy copy;  // used where the window's copy is written by the optimizer
 };
 // INTERNAL where the decision does not fit the layout (a member of another build).
-absl::Status CheckApply(const ApplyTask& task);
-// The optimizer on the touched parameters' elements in `range`, which this member keeps.
+absl::Status CheckApply(const core::Layout& layout, core::UnitIndex unit,
+                        const core::ApplyPlan& plan);
+// Calls `update(elements, their weights, their copy)` for the pieces of `part` of one parameter, in
+// whatever memory has them here, and sees to it that the window has what it wrote.
+void UpdateWeights(const ApplyTask& task, core::Range part,
+                   const std::function<void(core::Range, float*, kernels::Copy)>& update);
+// The optimizer on the touched parameters' elements in `range`, which this member keeps, but for
+// what is updated by matrix (matrices.h).
 void Apply(const ApplyTask& task, core::Range range);
+
+// The first pass over a unit with tensors that are updated as a whole (core::StartMeasure): their
+// moments, and their squares piece by piece.
+struct MeasureTask {
+  const MoveContext* context = nullptr;
+  core::UnitIndex unit = 0;
+  std::shared_ptr<const core::ApplyPlan> plan;
+  std::shared_ptr<const Sources> sources;
+  UnitCopy copy;
+  std::vector<core::TensorPiece> pieces;     // of what this member keeps
+  std::vector<core::TensorSquares> squares;  // of `pieces`; Measure writes them
+};
+// REQUIRES: `first` to `last` are `pieces` that no other call gets.
+void Measure(MeasureTask* task, size_t first, size_t last);
 
 // A gradient that one client handed over, in its staging or set aside. Immutable, any thread.
 struct StagedGradient {

@@ -109,10 +109,28 @@ absl::Status JobRunnerImpl::Reserve() {
                                                 staging_bytes, staging_bytes,
                                                 arena::Access::kPrivate));
   }
+  RETURN_IF_ERROR(ReserveScratch());
   book_ = std::make_unique<GradientBook>(request_.layout, partition_.get(), request_.self,
                                          request_.local_world, &plan_, store_.get());
   side_ = std::make_unique<SideBuffer>(arena_, request_.id,
                                        request_.layout->trainable_elements() * sizeof(float));
+  return absl::OkStatus();
+}
+
+absl::Status JobRunnerImpl::ReserveScratch() {
+  if (plan_.memory.scratch == 0) return absl::OkStatus();
+  for (const core::Parameter& p : request_.layout->parameters()) {
+    const core::Range kept = store_->TrainRange(p.unit);
+    const bool here = p.offset >= kept.begin && p.offset < kept.end;
+    if (!request_.layout->IsByMatrix(p) || !here) continue;
+    if (MatrixScratch(p) > plan_.matrix_scratch_elements || p.offset + p.elements > kept.end) {
+      return absl::InternalError(absl::StrCat("the plan has no room to update '", p.name,
+                                              "' by Muon. Please report this"));
+    }
+  }
+  ASSIGN_OR_RETURN(scratch_, arena_->Allocate(absl::StrCat("scratch of job ", request_.id),
+                                              plan_.memory.scratch, plan_.memory.scratch,
+                                              arena::Access::kPrivate));
   return absl::OkStatus();
 }
 
@@ -137,6 +155,12 @@ absl::Status JobRunnerImpl::Init(metrics::Metrics* metrics) {
   // Work under way at a time: a few pieces per unit, and those of the movements.
   workers_ = std::make_unique<Workers>(request_.worker_threads,
                                        4 * request_.layout->units().size() + 256, mailbox_.get());
+  MatrixQueue::Options matrices;
+  matrices.at_once = plan_.matrices_at_once;
+  matrices.scratch_elements = plan_.matrix_scratch_elements;
+  matrices.scratch = reinterpret_cast<float*>(scratch_.data());
+  matrices_ = std::make_unique<MatrixQueue>(
+      matrices, workers_.get(), [this](const absl::Status& status) { Broken(status); });
   Mover::Options options;
   options.slots = core::kPiecesInFlight;
   options.slot_bytes = StagingBytes();
@@ -185,6 +209,7 @@ void JobRunnerImpl::ReportMemory() {
   actual.moments = store_->moments_bytes();
   actual.accumulator = store_->accumulator_bytes();
   actual.staging = staging_.populated_bytes();
+  if (scratch_) actual.scratch = scratch_.populated_bytes();
   actual.set_aside = side_->bytes();
   actual.control = window_->units_bytes();
   for (const SlotInfo& slot : slots_) {

@@ -22,6 +22,7 @@
 #include "daemon/engine/gradient_book.h"
 #include "daemon/engine/job_runner.h"
 #include "daemon/engine/mailbox.h"
+#include "daemon/engine/matrices.h"
 #include "daemon/engine/mover.h"
 #include "daemon/engine/movements.h"
 #include "daemon/engine/shard_store.h"
@@ -80,6 +81,7 @@ class JobRunnerImpl : public JobRunner {
   // job_runner.cc
   absl::Status Plan();
   absl::Status Reserve();
+  absl::Status ReserveScratch();
   size_t StagingBytes() const;
   void Call(const std::function<void()>& closure);  // on the loop, waits for it
   absl::StatusOr<Attachment> BeginAttach(const ClientInfo& info);
@@ -127,6 +129,7 @@ class JobRunnerImpl : public JobRunner {
   void Do(core::ComputeNorm& action);
   void Do(core::CommitBlobs& action);
   void Do(core::StartApply& action);
+  void Do(core::StartMeasure& action);
   void Do(core::StartPut& action);
   void Do(core::StartRead& action);
   void Do(core::DropGradients& action);
@@ -144,6 +147,7 @@ class JobRunnerImpl : public JobRunner {
   // actions.cc
   void Observe(const PendingRequest& request, const core::Complete& action);
   void WriteProgress(const core::OptimizerProgress& progress, ClientSlot* client) const;
+  std::vector<size_t> TouchedMatrices(const ApplyTask& task) const;
   void ComputeSquares(core::Step step, const std::vector<core::UnitIndex>& units,
                       std::function<void()> done);
   absl::Status CheckTransfer(core::UnitIndex unit, core::MemberIndex origin, core::SlotIndex slot,
@@ -173,11 +177,13 @@ class JobRunnerImpl : public JobRunner {
 
   // --- Loop.
   arena::Region staging_;
+  arena::Region scratch_;  // of matrices_
   std::unique_ptr<WindowFiles> window_;
   std::unique_ptr<ShardStore> store_;
   std::unique_ptr<GradientBook> book_;
   std::unique_ptr<SideBuffer> side_;
   std::unique_ptr<Mover> mover_;
+  std::unique_ptr<MatrixQueue> matrices_;
   std::unique_ptr<fabric::Fabric> fabric_;
   std::unique_ptr<core::Job> job_;
   std::vector<SlotInfo> slots_;

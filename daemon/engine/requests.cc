@@ -60,6 +60,10 @@ absl::StatusOr<core::HyperParameters> ReadHyperParameters(const shm::StepRecord&
     g.decoupled = (r.flags & shm::kDecoupled) != 0;
     g.bias_correction = (r.flags & shm::kBiasCorrection) != 0;
     g.nesterov = (r.flags & shm::kNesterov) != 0;
+    g.min_coeff = r.min_coeff;
+    g.max_coeff = r.max_coeff;
+    g.eps_inside_sqrt = (r.flags & shm::kEpsInsideSqrt) != 0;
+    g.standard_newton_schulz = (r.flags & shm::kStandardNewtonSchulz) != 0;
   }
   return hyper;
 }

@@ -56,9 +56,9 @@ constexpr Described kTraffic[kTraffics] = {
 };
 
 // The kinds of core::MemoryPlan, and a last one for what is not among them: a closed set.
-constexpr std::array<const char*, 11> kMemoryKinds = {
+constexpr std::array<const char*, 12> kMemoryKinds = {
     "parameters",  "copies",           "gradients", "moments",   "window", "accumulator",
-    "client_gradients", "staging", "set_aside", "control", "other"};
+    "client_gradients", "staging", "scratch", "set_aside", "control", "other"};
 constexpr std::array<const char*, 4> kWaitKinds = {"gather", "step", "scalar", "other"};
 
 template <size_t kSize>

@@ -152,7 +152,7 @@ void Hash(A& a, Ref<A, Hash128> v) {
   a.Number(v.high);
 }
 
-constexpr size_t kGroupBytes = 9 * 8 + 3;
+constexpr size_t kGroupBytes = 11 * 8 + 5;
 
 template <typename A>
 void Hyper(A& a, Ref<A, core::HyperParameters> v) {
@@ -172,6 +172,10 @@ void Hyper(A& a, Ref<A, core::HyperParameters> v) {
     b.Bool(g.decoupled);
     b.Bool(g.bias_correction);
     b.Bool(g.nesterov);
+    b.Number(g.min_coeff);
+    b.Number(g.max_coeff);
+    b.Bool(g.eps_inside_sqrt);
+    b.Bool(g.standard_newton_schulz);
   });
 }
 
@@ -206,6 +210,14 @@ void Progress(A& a, Ref<A, core::OptimizerProgress> v) {
   a.List(v.parameter_steps, 8, [](A& b, Ref<A, uint64_t> x) { b.Number(x); });
   Optional<core::LossScalerState>(
       a, v.loss_scaler, [](A& b, Ref<A, core::LossScalerState> x) { LossScaler(b, x); });
+}
+
+template <typename A>
+void Squares(A& a, Ref<A, std::vector<core::TensorSquares>> v) {
+  a.List(v, 16, [](A& b, Ref<A, core::TensorSquares> x) {
+    b.Number(x.weight);
+    b.Number(x.update);
+  });
 }
 
 template <typename A>
@@ -244,6 +256,7 @@ void EntryFields(A& a, Ref<A, core::Entry> v) {
   // Commits alone carry a decision: the others are many.
   if (v.kind == core::EntryKind::kCommit) DecisionFields(a, v.decision);
   if (v.kind == core::EntryKind::kRestore) Progress(a, v.restore);
+  if (v.kind == core::EntryKind::kTensorNorms) Squares(a, v.squares);
 }
 
 template <typename A>
@@ -290,6 +303,11 @@ void Item(A& a, Ref<A, core::NormReady> v) {
   a.List(v.part.block_squares, 8, [](A& b, Ref<A, double> x) { b.Number(x); });
   a.Bits(v.part.touched);
   a.Bool(v.part.nonfinite);
+}
+template <typename A>
+void Item(A& a, Ref<A, core::TensorsMeasured> v) {
+  a.Number(v.step);
+  Squares(a, v.squares);
 }
 template <typename A>
 void Item(A& a, Ref<A, core::StateRequest> v) {

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Muon (Jordan et al., https://kellerjordan.github.io/posts/muon/): momentum whose matrix is made
-// nearly orthogonal by a Newton-Schulz iteration. Three parts, as the state is cut over shards
-// and the iteration needs a whole matrix:
-//   MuonMomentum on each shard -> gather u -> Orthogonalize -> MuonApply on each shard.
-// The second gives the same bits wherever it runs, so members may all do it, or one for the others.
+// nearly orthogonal by a Newton-Schulz iteration. Three parts, of which the second needs a whole
+// matrix, and gives the same bits wherever it runs:
+//   MuonMomentum -> Orthogonalize -> MuonApply
 //
 // Notation, bits, alignment and threads as in optimizers.h; m begins as zeros.
 #pragma once

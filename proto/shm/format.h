@@ -94,8 +94,10 @@ static_assert(sizeof(CompleteEntry) == 32);
 // reads its own (daemon/core/types.h); the others are as they are by default there.
 enum GroupFlags : uint64_t {
   kDecoupled = 1,       // Adam: weight decay is AdamW's
-  kBiasCorrection = 2,  // Adam
-  kNesterov = 4,        // SGD
+  kBiasCorrection = 2,  // Adam, LAMB
+  kNesterov = 4,        // SGD, Muon
+  kEpsInsideSqrt = 8,   // LAMB
+  kStandardNewtonSchulz = 16,  // Muon
 };
 struct GroupRecord {
   double lr;
@@ -108,7 +110,9 @@ struct GroupRecord {
   double lr_decay;
   double initial_accumulator_value;
   uint64_t flags;  // GroupFlags
-  uint64_t reserved[6];
+  double min_coeff;  // LAMB
+  double max_coeff;
+  uint64_t reserved[4];
 };
 static_assert(sizeof(GroupRecord) == 128);
 

@@ -177,10 +177,10 @@ const struct {
     {R"("zero_optimization": {"stage3_max_live_parameters": 18446744073709551616})", "is not"},
     {R"("zero_optimization": {"stage3_param_persistence_threshold": 1.5})", "1.5 is not"},
     {R"("zero_optimization": {"stage3_prefetch_bucket_size": -1})", "-1 is not"},
-    {R"("optimizer": {"type": "muon"})", R"(optimizer.type: "Muon" is not served yet)"},
+    {R"("optimizer": {"type": "musgd"})", R"(optimizer.type: "MuSGD" is not served yet)"},
     {R"("optimizer": {"type": "AdamV"})",
      R"(optimizer.type: "AdamV" is not allowed; it must be "AdamW" or "Adam" or "Lion" )"
-     R"(or "Adagrad" or "SGD"; did you mean "AdamW"?)"},
+     R"(or "Adagrad" or "SGD" or "Lamb" or "Muon"; did you mean "AdamW"?)"},
     {R"("optimizer": {"type": ""})", R"(optimizer.type: "" is not allowed)"},
     {R"("optimizer": {"type": 3})", "optimizer.type: 3 is not allowed"},
     {R"("optimizer": {"params": {"lr": 1}})", "optimizer.type: is missing"},
@@ -362,7 +362,7 @@ TEST(ConfigTest, AllProblemsAreReportedAtOnce) {
   const std::vector<std::string> problems = Problems(R"({
     "gradient_clipping": "x", "fp16": {"hysteresis": 0}, "bf16": {"enabeld": 1},
     "zero_optimization": {"stage": 4, "stage": 4, "stage3_max_live_parameters": 0},
-    "optimizer": {"type": "Lamb", "params": {"lr": -1, "betas": []}},
+    "optimizer": {"type": "NAdam", "params": {"lr": -1, "betas": []}},
     "zerod": {"job": "?"}})");
   EXPECT_EQ(problems.size(), 11u) << testing::PrintToString(problems);
 }

@@ -423,6 +423,10 @@ TEST(Step, CarriesTheRecordAndTheBlob) {
   request.groups[1].initial_accumulator_value = 0.4;
   request.groups[1].decoupled = false;
   request.groups[1].nesterov = true;
+  request.groups[1].min_coeff = 0.5;
+  request.groups[1].max_coeff = 0.6;
+  request.groups[1].eps_inside_sqrt = true;
+  request.groups[1].standard_newton_schulz = true;
   request.blob = "random state";
   const absl::StatusOr<StepResult> result = client->Step(request);
   ASSERT_TRUE(result.ok()) << result.status();
@@ -440,8 +444,13 @@ TEST(Step, CarriesTheRecordAndTheBlob) {
   EXPECT_EQ(record.group[1].dampening, 0.1);
   EXPECT_EQ(record.group[1].lr_decay, 0.3);
   EXPECT_EQ(record.group[1].initial_accumulator_value, 0.4);
+  EXPECT_EQ(record.group[0].max_coeff, 10);
+  EXPECT_EQ(record.group[1].min_coeff, 0.5);
+  EXPECT_EQ(record.group[1].max_coeff, 0.6);
   EXPECT_EQ(record.group[0].flags, uint64_t{shm::kDecoupled | shm::kBiasCorrection});
-  EXPECT_EQ(record.group[1].flags, uint64_t{shm::kBiasCorrection | shm::kNesterov});
+  EXPECT_EQ(record.group[1].flags,
+            uint64_t{shm::kBiasCorrection | shm::kNesterov | shm::kEpsInsideSqrt |
+                     shm::kStandardNewtonSchulz});
   EXPECT_EQ(result->loss_scale, 512);
   EXPECT_EQ(client->loss_scale(), 512);
   EXPECT_EQ(blob, "random state");

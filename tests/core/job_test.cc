@@ -96,7 +96,8 @@ TEST_F(JobTest, AnOverflowSkipsTheStepAndLowersTheScaleForAll) {
 TEST_F(JobTest, AGroupIsCheckedForWhatItsOptimizerReads) {
   const OptimizerKind kinds[] = {OptimizerKind::kAdam, OptimizerKind::kLion,
                                  OptimizerKind::kAdagrad, OptimizerKind::kSgd,
-                                 OptimizerKind::kSgdMomentum};
+                                 OptimizerKind::kSgdMomentum, OptimizerKind::kLamb,
+                                 OptimizerKind::kMuon};
   const auto refused = [](OptimizerKind kind, auto change) {
     Group g;
     change(&g);
@@ -107,11 +108,15 @@ TEST_F(JobTest, AGroupIsCheckedForWhatItsOptimizerReads) {
     EXPECT_TRUE(CheckGroup(kind, Group{}).ok());
     EXPECT_TRUE(refused(kind, [&](Group* g) { g->lr = nan; }));
     EXPECT_TRUE(refused(kind, [&](Group* g) { g->weight_decay = nan; }));
-    const bool betas = kind == OptimizerKind::kAdam || kind == OptimizerKind::kLion;
+    const bool lamb = kind == OptimizerKind::kLamb;
+    const bool betas = lamb || kind == OptimizerKind::kAdam || kind == OptimizerKind::kLion;
     EXPECT_EQ(refused(kind, [](Group* g) { g->beta2 = 1; }), betas);
-    const bool eps = kind == OptimizerKind::kAdam || kind == OptimizerKind::kAdagrad;
+    const bool eps = lamb || kind == OptimizerKind::kAdam || kind == OptimizerKind::kAdagrad;
     EXPECT_EQ(refused(kind, [](Group* g) { g->eps = -1; }), eps);
+    EXPECT_EQ(refused(kind, [](Group* g) { g->min_coeff = g->max_coeff + 1; }), lamb);
+    EXPECT_EQ(refused(kind, [&](Group* g) { g->max_coeff = nan; }), lamb);
   }
+  EXPECT_TRUE(refused(OptimizerKind::kMuon, [](Group* g) { g->momentum = 1; }));
   EXPECT_TRUE(refused(OptimizerKind::kAdagrad, [&](Group* g) { g->lr_decay = -1; }));
   EXPECT_TRUE(refused(OptimizerKind::kSgd, [](Group* g) { g->momentum = 0.9; }));
   EXPECT_FALSE(refused(OptimizerKind::kSgdMomentum, [](Group* g) { g->momentum = 0.9; }));
@@ -355,8 +360,119 @@ TEST_F(Member0Test, MessagesThatMakeNoSenseEndTheJobAndNotTheProcess) {
   EXPECT_TRUE(absl::IsInternal(job_->failure()));
 }
 
+// Member 1 is the test: it answers for its shards.
+class ByTensorTest : public Member0Test {
+ protected:
+  void SetUp() override {
+    JobSpec spec = Spec(2, 1);
+    ModelDescription model;
+    for (const char* path : {"", "u0", "u1", "u2"}) model.modules.push_back({path, path, false});
+    for (const char* path : {"u0", "u1", "u2"}) {
+      ParameterDescription p;
+      p.name = absl::StrCat(path, ".weight");
+      p.shape = {2000};
+      p.modules = {path};
+      model.parameters.push_back(std::move(p));
+    }
+    model.parameters[2].group = 1;
+    model.groups = {OptimizerKind::kLamb, OptimizerKind::kAdam};
+    spec.layout = std::make_shared<const Layout>(*Layout::Build(model, {}));
+    Make(std::move(spec));
+    ASSERT_TRUE(job_->OnAttach(0, 0).ok());
+    From1({Hello(), ClientAttached{1}});
+    job_->OnConnected(absl::OkStatus());
+  }
+  // Until both members have the COMMIT of step 1, in which rank 0 touched units 0 and 2.
+  void Commit() {
+    job_->OnScatter(0, 0, 0, 1, true, 0, {true});
+    job_->OnScatter(0, 0, 2, 1, true, 0, {true});
+    HyperParameters hyper = Hyper(1);
+    hyper.groups.push_back(hyper.groups[0]);
+    job_->OnStep(0, 11, 1, hyper, {});
+    From1({StepReady{1, true, "", hyper, {1}}});
+    RunEngine();
+    NormReady norm;
+    norm.step = 1;
+    norm.part.touched.assign(3, false);
+    From1({std::move(norm)});
+    RunEngine();
+  }
+  std::vector<TensorSquares> Squares(MemberIndex m, double weight) const {
+    const Layout& layout = *job_->spec().layout;
+    const size_t pieces = layout
+                              .TensorPieces(0, Partition(layout, 2).Shard(0, m),
+                                            {true, false, true})
+                              .size();
+    EXPECT_GT(pieces, 1u);
+    return std::vector<TensorSquares>(pieces, {weight, 1});
+  }
+  void From1Measured() { From1({TensorsMeasured{1, Squares(1, 3)}}); }
+  std::vector<Entry> Sent() {
+    std::vector<Entry> entries;
+    for (const Send& s : Take<Send>()) {
+      if (const auto* append = std::get_if<Append>(&s.message)) {
+        entries.insert(entries.end(), append->entries.begin(), append->entries.end());
+      }
+    }
+    return entries;
+  }
+};
+
+TEST_F(ByTensorTest, TheSecondPassHasTheNormsOfAllMembers) {
+  Commit();
+  // Another optimizer's unit need not wait.
+  EXPECT_EQ(applied_, (std::vector<std::pair<Step, UnitIndex>>{{1, 2}}));
+  const std::vector<StartMeasure> measures = Take<StartMeasure>();
+  ASSERT_EQ(measures.size(), 1u);
+  EXPECT_EQ(measures[0].unit, 0u);
+  Sent();
+  job_->OnMeasured(0, 1, Squares(0, 2));
+  EXPECT_TRUE(Take<StartApply>().empty());
+  EXPECT_TRUE(absl::IsUnknown(Answer(11)));
+  From1Measured();
+  const double pieces0 = static_cast<double>(Squares(0, 0).size());
+  const double pieces1 = static_cast<double>(Squares(1, 0).size());
+  const std::vector<StartApply> applies = Take<StartApply>();
+  ASSERT_EQ(applies.size(), 1u);
+  EXPECT_EQ(applies[0].unit, 0u);
+  ASSERT_EQ(applies[0].plan->squares.size(), 3u);
+  EXPECT_EQ(applies[0].plan->squares[0].weight, 2 * pieces0 + 3 * pieces1);
+  EXPECT_EQ(applies[0].plan->squares[0].update, pieces0 + pieces1);
+  EXPECT_TRUE(applies[0].plan->squares[1] == TensorSquares());
+  job_->OnApplyDone(0, 1);
+  EXPECT_TRUE(Answer(11).ok());
+}
+
+TEST_F(ByTensorTest, NothingStandsInTheLogBetweenCommitAndNorms) {
+  Commit();
+  Sent();
+  From1({StateRequest{false, 0, 0, 0, 1, StateKind::kMaster}, Want{1, 1, true, false}});
+  From1({ClientGone{1, false, "killed"}});
+  From1({ScalarReady{1, {1}, {{}}}});
+  EXPECT_TRUE(Sent().empty());
+  job_->OnMeasured(0, 1, Squares(0, 2));
+  From1Measured();
+  RunEngine();
+  std::vector<EntryKind> kinds;
+  for (const Entry& e : Sent()) kinds.push_back(e.kind);
+  ASSERT_GE(kinds.size(), 3u);
+  EXPECT_EQ(kinds.front(), EntryKind::kTensorNorms);
+  EXPECT_EQ(kinds.back(), EntryKind::kGeneration);  // what came after the death is stale
+  EXPECT_EQ(job_->committed(), 1u);
+  EXPECT_EQ(job_->state(), JobState::kRunning);  // until the READ is done
+}
+
+TEST_F(ByTensorTest, SquaresThatMakeNoSenseEndTheJobAndNotTheProcess) {
+  From1({TensorsMeasured{1, {}}});
+  EXPECT_TRUE(absl::IsInternal(job_->failure()));
+  SetUp();
+  Commit();
+  From1({TensorsMeasured{1, std::vector<TensorSquares>(1000)}});
+  EXPECT_TRUE(absl::IsInternal(job_->failure()));
+}
+
 TEST(LogTest, EntriesThatMakeNoSenseEndTheJobAndNotTheProcess) {
-  std::vector<Entry> bad(5);
+  std::vector<Entry> bad(6);
   bad[0].seq = 2;
   bad[1].kind = static_cast<EntryKind>(99);
   bad[2].unit = 3;
@@ -364,6 +480,8 @@ TEST(LogTest, EntriesThatMakeNoSenseEndTheJobAndNotTheProcess) {
   bad[4].kind = EntryKind::kPut;
   bad[4].begin = 1;
   bad[4].count = UINT64_MAX;
+  bad[5].kind = EntryKind::kTensorNorms;  // behind no COMMIT
+  bad[5].squares.resize(3);
   for (size_t i = 0; i < bad.size(); ++i) {
     NoWindow window;
     Job job(Spec(2, 1, /*self=*/1), &window);

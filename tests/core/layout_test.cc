@@ -101,6 +101,97 @@ TEST(LayoutTest, RefusesWhatMakesNoSense) {
               }), HasSubstr("more than 2^40"));
 }
 
+// However a unit is cut, its pieces are the same, and each is of one parameter and one block.
+TEST(LayoutTest, TensorPiecesDoNotDependOnTheShards) {
+  ModelDescription model = Gpt(6, 96);
+  model.groups = {OptimizerKind::kLamb};
+  const Layout layout = *Layout::Build(model, {});
+  std::vector<bool> touched(layout.parameters().size(), true);
+  touched[2] = false;
+  EXPECT_TRUE(layout.AnyByTensor(touched));
+  const uint64_t block = layout.block_elements();
+  std::vector<uint64_t> covered(touched.size(), 0);
+  for (UnitIndex u = 0; u < layout.units().size(); ++u) {
+    const auto whole = layout.TensorPieces(u, {0, layout.units()[u].elements}, touched);
+    for (uint32_t members : {2u, 3u}) {
+      const Partition partition(layout, members);
+      size_t next = 0;
+      for (MemberIndex m = 0; m < members; ++m) {
+        for (const TensorPiece& piece : layout.TensorPieces(u, partition.Shard(u, m), touched)) {
+          ASSERT_LT(next, whole.size());
+          EXPECT_EQ(piece.parameter, whole[next].parameter);
+          EXPECT_EQ(piece.elements.begin, whole[next].elements.begin);
+          EXPECT_EQ(piece.elements.end, whole[next].elements.end);
+          ++next;
+        }
+      }
+      EXPECT_EQ(next, whole.size());
+    }
+    for (const TensorPiece& piece : whole) {
+      covered[piece.parameter] += piece.elements.size();
+      EXPECT_EQ(piece.elements.begin / block, (piece.elements.end - 1) / block);
+    }
+  }
+  for (size_t p = 0; p < covered.size(); ++p) {
+    EXPECT_EQ(covered[p], touched[p] ? layout.parameters()[p].elements : 0u) << p;
+  }
+  EXPECT_FALSE(layout.AnyByTensor(std::vector<bool>(touched.size(), false)));
+  EXPECT_FALSE(Layout::Build(Gpt(1), {})->AnyByTensor(std::vector<bool>(touched.size(), true)));
+}
+
+ModelDescription MuonGpt(int blocks, int64_t width) {
+  ModelDescription model = Gpt(blocks, width);
+  model.groups = {OptimizerKind::kMuon, OptimizerKind::kAdam};
+  for (ParameterDescription& p : model.parameters) {
+    if (p.shape.size() < 2 || p.name.find("wte") != std::string::npos) p.group = 1;
+  }
+  return model;
+}
+
+TEST(PartitionTest, NoMatrixIsCut) {
+  for (const int64_t width : {32, 96, 130}) {
+    const Layout layout = *Layout::Build(MuonGpt(6, width), {});
+    uint64_t largest = 0;
+    for (const Unit& unit : layout.units()) {
+      uint64_t end = 0;
+      for (const uint32_t p : unit.parameters) {
+        EXPECT_GE(layout.parameters()[p].offset, end);
+        end = layout.parameters()[p].offset + layout.parameters()[p].elements;
+      }
+    }
+    for (const uint32_t members : {2u, 3u, 5u, 8u}) {
+      const Partition partition(layout, members);
+      uint64_t most = 0;
+      for (MemberIndex m = 0; m < members; ++m) {
+        most = std::max(most, partition.ShardElements(m));
+      }
+      uint64_t total = 0;
+      for (const Parameter& p : layout.parameters()) {
+        if (!layout.IsByMatrix(p)) continue;
+        ++total;
+        largest = std::max(largest, p.elements + 2 * layout.block_elements());
+        uint32_t owners = 0;
+        for (MemberIndex m = 0; m < members; ++m) {
+          const Range r = partition.Shard(p.unit, m);
+          EXPECT_TRUE(r.empty() || r.begin % layout.block_elements() == 0);
+          if (!Intersect(r, {p.offset, p.offset + p.elements}).empty()) ++owners;
+        }
+        EXPECT_EQ(owners, 1u) << p.name << " " << members;
+      }
+      EXPECT_EQ(total, 6u * 3 + 1);
+      EXPECT_LE(most, layout.elements() / members + largest) << width << " " << members;
+    }
+  }
+}
+
+TEST(LayoutTest, MuonUpdatesMatricesAlone) {
+  ModelDescription model = MuonGpt(1, 32);
+  for (ParameterDescription& p : model.parameters) p.group = 0;
+  const auto layout = Layout::Build(model, {});
+  EXPECT_TRUE(absl::IsInvalidArgument(layout.status()));
+  EXPECT_THAT(std::string(layout.status().message()), HasSubstr("h.0.ln.weight"));
+}
+
 class PartitionOf : public ::testing::TestWithParam<uint32_t> {};
 
 TEST_P(PartitionOf, CutsWholeBlocksInOrderAndEvenly) {

@@ -208,7 +208,11 @@ absl::StatusOr<StepAnswer> FakeClient::Step(const StepOptions& options) {
     r.initial_accumulator_value = g.initial_accumulator_value;
     r.flags = (g.decoupled ? uint64_t{shm::kDecoupled} : 0) |
               (g.bias_correction ? uint64_t{shm::kBiasCorrection} : 0) |
-              (g.nesterov ? uint64_t{shm::kNesterov} : 0);
+              (g.nesterov ? uint64_t{shm::kNesterov} : 0) |
+              (g.eps_inside_sqrt ? uint64_t{shm::kEpsInsideSqrt} : 0) |
+              (g.standard_newton_schulz ? uint64_t{shm::kStandardNewtonSchulz} : 0);
+    r.min_coeff = g.min_coeff;
+    r.max_coeff = g.max_coeff;
   }
   submit()->step = record;
   memcpy(map_[3] + plan_.transfer_values_bytes, options.blob.data(), options.blob.size());

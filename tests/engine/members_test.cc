@@ -126,7 +126,10 @@ TEST_P(EveryOptimizer, TrainsAsPlainLoopsDo) {
     Workload workload = DefaultWorkload();
     workload.hyper.groups.assign(2, GetParam().group);
     workload.hyper.groups[1].lr *= 0.5;
-    if (GetParam().second == core::OptimizerKind::kSgd) workload.hyper.groups[1].momentum = 0;
+    if (GetParam().second == core::OptimizerKind::kSgd) {
+      workload.hyper.groups[1].momentum = 0;
+      workload.hyper.groups[1].nesterov = false;
+    }
     constexpr uint64_t kSteps = 3;
     Reference reference(&cluster.layout(), members, 1, /*node_sum=*/false);
     for (uint64_t i = 0; i < kSteps; ++i) reference.Step(workload);
@@ -160,6 +163,24 @@ core::Group WithMomentum(bool nesterov) {
   return g;
 }
 
+// With bounds that its ratios do not reach.
+core::Group WideLamb() {
+  core::Group g = SomeGroup();
+  g.min_coeff = 0;
+  g.max_coeff = 1e6;
+  g.eps_inside_sqrt = true;
+  g.bias_correction = false;
+  return g;
+}
+
+core::Group SomeMuon(bool standard) {
+  core::Group g = SomeGroup();
+  g.momentum = 0.9;
+  g.nesterov = !standard;
+  g.standard_newton_schulz = standard;
+  return g;
+}
+
 core::Group PlainAdam() {
   core::Group g = SomeGroup();
   g.decoupled = false;
@@ -177,8 +198,58 @@ INSTANTIATE_TEST_SUITE_P(
         OptimizerCase{"Sgd", core::OptimizerKind::kSgd, core::OptimizerKind::kSgd, SomeGroup()},
         OptimizerCase{"SgdMomentum", core::OptimizerKind::kSgdMomentum,
                       core::OptimizerKind::kSgd, WithMomentum(false)},
+        OptimizerCase{"Lamb", core::OptimizerKind::kLamb, core::OptimizerKind::kLamb, SomeGroup()},
+        OptimizerCase{"LambAndLion", core::OptimizerKind::kLamb, core::OptimizerKind::kLion,
+                      WideLamb()},
+        OptimizerCase{"AdamAndLamb", core::OptimizerKind::kAdam, core::OptimizerKind::kLamb,
+                      WideLamb()},
+        OptimizerCase{"Muon", core::OptimizerKind::kMuon, core::OptimizerKind::kSgd,
+                      SomeMuon(/*standard=*/false)},
         OptimizerCase{"Nesterov", core::OptimizerKind::kSgdMomentum,
                       core::OptimizerKind::kSgdMomentum, WithMomentum(true)}),
+    [](const auto& c) { return c.param.name; });
+
+// What needs whole tensors, with another part of the job on each member, or all of it on each.
+class WholeTensors : public ::testing::TestWithParam<OptimizerCase> {};
+
+TEST_P(WholeTensors, HaveTheSameBitsAtEveryStage) {
+  for (const uint32_t members : {1u, 2u, 3u}) {
+    std::optional<JobState> expected;
+    for (const uint32_t stage : {0u, 1u, 2u, 3u}) {
+      ClusterOptions options;
+      options.members = members;
+      options.local_world = members == 1 ? 2 : 1;
+      options.config = ConfigText(stage, kFp32, stage == 3 ? kSmallWindow : "");
+      options.model = SmallModel(kFp32, 4, 130);
+      options.model.groups = {GetParam().first, GetParam().second};
+      Cluster cluster(options);
+      Workload workload = DefaultWorkload();
+      workload.hyper.max_norm = 0.5;
+      workload.hyper.groups.assign(2, GetParam().group);
+      constexpr uint64_t kSteps = 3;
+      if (!expected.has_value()) {
+        Reference reference(&cluster.layout(), members, options.local_world, /*node_sum=*/false);
+        for (uint64_t i = 0; i < kSteps; ++i) reference.Step(workload);
+        expected = StateOf(cluster.layout(), reference);
+      }
+      cluster.RunClients([&](uint32_t rank, FakeClient& client) {
+        Train(cluster.layout(), rank, client, workload, kSteps, /*fresh=*/true);
+        EXPECT_TRUE(ReadState(cluster.layout(), client) == *expected)
+            << members << " members, stage " << stage << ", rank " << rank;
+        EXPECT_TRUE(client.Barrier().ok());
+      });
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Kinds, WholeTensors,
+    ::testing::Values(OptimizerCase{"Lamb", core::OptimizerKind::kLamb, core::OptimizerKind::kLamb,
+                                    WideLamb()},
+                      OptimizerCase{"Muon", core::OptimizerKind::kMuon, core::OptimizerKind::kAdam,
+                                    SomeMuon(/*standard=*/false)},
+                      OptimizerCase{"MuonStandard", core::OptimizerKind::kMuon,
+                                    core::OptimizerKind::kLamb, SomeMuon(/*standard=*/true)}),
     [](const auto& c) { return c.param.name; });
 
 TEST(SeveralMembers, RoundsAddUpAtTheOwners) {

@@ -7,6 +7,8 @@
 
 #include "base/check.h"
 #include "base/status.h"
+#include "kernels/cpu/lamb.h"
+#include "kernels/cpu/muon.h"
 #include "kernels/cpu/reference.h"
 
 namespace zerod::engine::testing {
@@ -200,7 +202,54 @@ void Reference::Update(const core::Parameter& p, const core::HyperParameters& hy
                                   scale),
           &gradient, 1, master, momentum ? m : nullptr, nullptr, p.elements);
     }
+    case core::OptimizerKind::kLamb:
+      return UpdateByLamb(p, g, t, scale, gradient);
+    case core::OptimizerKind::kMuon:
+      return UpdateByMuon(p, g, scale, gradient);
   }
+}
+
+void Reference::UpdateByMuon(const core::Parameter& p, const core::Group& g, double scale,
+                             const float* gradient) {
+  const kernels::MuonScalars scalars =
+      kernels::MakeMuonScalars(g.lr, g.momentum, g.nesterov, g.weight_decay, scale);
+  const kernels::NewtonSchulz method = g.standard_newton_schulz ? kernels::NewtonSchulz::kStandard
+                                                                : kernels::NewtonSchulz::kGram;
+  const auto rows = static_cast<size_t>(p.shape[0]);
+  const size_t columns = p.elements / rows;
+  std::vector<float> update(p.elements);
+  std::vector<float> scratch(kernels::OrthogonalizeScratch(method, rows, columns));
+  kernels::reference::MuonMomentum(scalars, &gradient, 1, moments_[0][p.unit].data() + p.offset,
+                                   update.data(), p.elements);
+  kernels::Orthogonalize(method, update.data(), rows, columns, scratch.data());
+  kernels::reference::MuonApply(scalars, update.data(), master_[p.unit].data() + p.offset, nullptr,
+                                p.elements);
+}
+
+// Both passes; the squares block by block of the unit.
+void Reference::UpdateByLamb(const core::Parameter& p, const core::Group& g, uint64_t t,
+                             double scale, const float* gradient) {
+  float* const master = master_[p.unit].data() + p.offset;
+  float* const m = moments_[0][p.unit].data() + p.offset;
+  float* const v = moments_[1][p.unit].data() + p.offset;
+  const kernels::LambScalars scalars = kernels::MakeLambScalars(
+      {g.lr, g.beta1, g.beta2, g.eps, g.eps_inside_sqrt, g.weight_decay, g.bias_correction}, t,
+      scale);
+  const uint64_t block = layout_->block_elements();
+  kernels::LambSquares squares{0, 0};
+  for (uint64_t begin = 0; begin < p.elements;) {
+    const uint64_t block_end = ((p.offset + begin) / block + 1) * block - p.offset;
+    const uint64_t end = std::min(p.elements, block_end);
+    const float* const in = gradient + begin;
+    const kernels::LambSquares piece = kernels::reference::LambMoments(
+        scalars, &in, 1, master + begin, m + begin, v + begin, end - begin);
+    squares.p += piece.p;
+    squares.u += piece.u;
+    begin = end;
+  }
+  kernels::reference::LambApply(scalars,
+                                kernels::LambTrustRatio(squares, g.min_coeff, g.max_coeff),
+                                master, m, v, nullptr, p.elements);
 }
 
 void PutInitial(const core::Layout& layout, FakeClient& client) {

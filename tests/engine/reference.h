@@ -42,6 +42,10 @@ class Reference {
  private:
   void Update(const core::Parameter& p, const core::HyperParameters& hyper, uint64_t t,
               double scale, const float* gradient);
+  void UpdateByLamb(const core::Parameter& p, const core::Group& group, uint64_t t, double scale,
+                    const float* gradient);
+  void UpdateByMuon(const core::Parameter& p, const core::Group& group, double scale,
+                    const float* gradient);
   // To the layout's dtype and back.
   float Rounded(float value) const;
   void Send(core::MemberIndex from, const core::Parameter& p, std::vector<float>* sum) const;

@@ -69,7 +69,8 @@ def test_names():
     assert found["version"].startswith("0.19.8")
     assert found["schedules"] == ["LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR",
                                   "WarmupCosineLR"]
-    for key in ("found", "module", "constructor", "replaced", "cloned", "shared", "optimizer"):
+    for key in ("found", "module", "constructor", "replaced", "cloned", "shared", "optimizer",
+                "lamb"):
         assert found[key], key
     assert found["device"] == "cpu" and found["world"] == 1
     assert found["names"] == [".deepspeed_env", "async_io", "cpu", "optim_states"]

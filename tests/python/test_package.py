@@ -347,6 +347,36 @@ def test_refused_models(fake):
             )
 
 
+def test_muon_splits_groups_by_flags(fake):
+    import zerod
+    from zerod import Muon
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
+    with pytest.raises(zerod.ModelError, match=r"shape \(4, 3\) is: set \"use_muon\""):
+        Muon(model.parameters())
+    for p in model.parameters():
+        p.use_muon = p.dim() == 2
+    model[2].weight.use_muon = False
+    muon = Muon([
+        {"params": model[0].parameters(), "lr": 0.5},
+        {"params": model[1].parameters(), "use_muon": False},
+        {"params": [model[2].weight, model[2].bias.requires_grad_(False)], "weight_decay": 0.1},
+    ], muon_lr=0.1, adam_lr=0.2, ns_method="standard")
+    told = [(g["use_muon"], g["lr"], g["weight_decay"], len(g["params"]))
+            for g in muon.param_groups]
+    assert told == [(True, 0.5, 0, 1), (False, 0.5, 0, 1), (False, 0.2, 0, 2), (False, 0.2, 0.1, 1)]
+    assert muon.kinds() == ["muon", "adam", "adam", "adam"]
+    assert muon.values(muon.param_groups[0]) == {
+        "lr": 0.5, "weight_decay": 0.0, "momentum": 0.95, "nesterov": True,
+        "standard_newton_schulz": True}
+    assert Muon([model[0].weight]).param_groups[0]["lr"] == 0.02
+    assert Muon([model[2].weight], lr=0.7).param_groups[0]["lr"] == 0.7
+    with pytest.raises(ValueError, match="ns_method 'exact'"):
+        Muon([model[0].weight], ns_method="exact")
+    with pytest.raises(ValueError, match="bound no ratio"):
+        zerod.Lamb([model[0].weight], min_coeff=2, max_coeff=1)
+
+
 def test_groups_and_schedules(fake):
     import zerod
 

@@ -24,6 +24,8 @@ CASES = {
         "zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 2,
         "zerod": {"gradient_plan": "node_sum"},
     },
+    "lamb": {"zero_optimization": {"stage": 2}, "optimizer": {"type": "Lamb"}},
+    "muon": {"zero_optimization": {"stage": 3}, "optimizer": {"type": "Muon"}},
     "small_buckets": {
         "zero_optimization": {
             "stage": 3, "reduce_bucket_size": 300000, "allgather_bucket_size": 300000,

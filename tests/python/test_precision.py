@@ -8,35 +8,14 @@ import torch
 
 import cluster
 import workers
+from plain import plain
 
 WORLD = 2
-STEPS = 6
 
 
 def config(**keys):
     return {"train_micro_batch_size_per_gpu": 8, "gradient_clipping": 0.0,
             "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}, **keys}
-
-
-def plain(make, steps=STEPS, accumulation=1, clip=0.0):
-    """The same training in one process: losses of rank 0, norms, weights."""
-    torch.manual_seed(5)
-    model = workers.small_model()
-    optimizer = make(workers.groups_of(model))
-    losses, norms = [], []
-    for step in range(1, steps + 1):
-        for micro in range(accumulation):
-            for rank in range(WORLD):
-                x, y = workers.small_batch(step, micro, rank)
-                loss = (model(x) - y).square().mean()
-                (loss / (WORLD * accumulation)).backward()
-                if rank == 0:
-                    losses.append(loss.item())
-        limit = clip if clip > 0 else math.inf
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item())
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses, norms, {name: p.detach() for name, p in model.named_parameters()}
 
 
 class Lion(torch.optim.Optimizer):

@@ -48,7 +48,7 @@ def gpt_ddp(runs: list[list[str]]) -> list[dict]:
 
 TRAFFIC = ("gathered", "scattered", "sent", "received")
 MEMORY = ("parameters", "copies", "gradients", "moments", "window", "accumulator",
-          "client_gradients", "staging", "set_aside", "control")
+          "client_gradients", "staging", "scratch", "set_aside", "control")
 
 
 def measured(config: dict, metrics: list[str], steps: int, settle: bool) -> dict:

@@ -19,7 +19,8 @@ core::HyperParameters SomeHyper() {
   hyper.loss_scale = 1024;
   hyper.want_norm = true;
   hyper.groups = {{1e-3, 0.9, 0.999, 1e-8, 0.01},
-                  {2e-3, 0.8, 0.99, 1e-6, 0, 0.7, 0.1, 0.2, 0.3, false, false, true}};
+                  {2e-3, 0.8, 0.99, 1e-6, 0, 0.7, 0.1, 0.2, 0.3, false, false, true, 0.1, 7,
+                   true, true}};
   return hyper;
 }
 
@@ -34,7 +35,8 @@ void ExpectSomeHyper(const core::HyperParameters& hyper) {
   EXPECT_EQ(hyper.groups[1].eps, 1e-6);
   EXPECT_EQ(hyper.groups[0].weight_decay, 0.01);
   EXPECT_TRUE(hyper.groups[0].decoupled && hyper.groups[0].bias_correction);
-  const core::Group rest{2e-3, 0.8, 0.99, 1e-6, 0, 0.7, 0.1, 0.2, 0.3, false, false, true};
+  const core::Group rest{2e-3, 0.8, 0.99, 1e-6, 0, 0.7, 0.1, 0.2, 0.3, false, false, true, 0.1, 7,
+                         true, true};
   EXPECT_TRUE(hyper.groups[1] == rest);
 }
 
@@ -67,6 +69,7 @@ core::Message FullReport() {
   report.items.push_back(scalar);
   report.items.push_back(core::Failed{absl::ResourceExhaustedError("no memory"), true});
   report.items.push_back(core::Forecasted{uint64_t{1} << 41});
+  report.items.push_back(core::TensorsMeasured{9, {{1.5, 2.5}, {0.0, 1e300}}});
   return report;
 }
 
@@ -101,6 +104,7 @@ core::Message FullAppend() {
       e.decision.reason = "nonfinite";
     }
     if (e.kind == core::EntryKind::kRestore) e.restore = SomeProgress();
+    if (e.kind == core::EntryKind::kTensorNorms) e.squares = {{3, 4}, {0, 0.5}};
     append.entries.push_back(e);
   }
   return append;
@@ -144,6 +148,9 @@ TEST(Wire, FieldsArrive) {
   EXPECT_EQ(scalar.values[1].restore, (Hash128{7, 8}));
   EXPECT_TRUE(scalar.restore == SomeProgress());
   EXPECT_EQ(std::get<core::Forecasted>(items[10]).version, uint64_t{1} << 41);
+  const auto& measured = std::get<core::TensorsMeasured>(items[11]);
+  EXPECT_EQ(measured.step, 9u);
+  EXPECT_EQ(measured.squares, (std::vector<core::TensorSquares>{{1.5, 2.5}, {0.0, 1e300}}));
   EXPECT_EQ(std::get<core::Failed>(items[9]).status, absl::ResourceExhaustedError("no memory"));
 
   const auto append = DecodeMessage(EncodeMessage(FullAppend()));
@@ -153,6 +160,9 @@ TEST(Wire, FieldsArrive) {
     EXPECT_EQ(e.scalar.values, std::vector<double>{3.25});
     EXPECT_EQ(e.reason, "because");
     EXPECT_EQ(e.restore == SomeProgress(), e.kind == core::EntryKind::kRestore);
+    if (e.kind == core::EntryKind::kTensorNorms) {
+      EXPECT_EQ(e.squares, (std::vector<core::TensorSquares>{{3, 4}, {0, 0.5}}));
+    }
     if (e.kind != core::EntryKind::kCommit) continue;
     EXPECT_EQ(e.decision.kind, core::Decision::Kind::kSkip);
     EXPECT_EQ(e.decision.grad_scale, 0.125);

@@ -398,6 +398,40 @@ void Member::CheckPlan(const core::ApplyPlan& plan) const {
   }
 }
 
+void Member::Do(core::StartMeasure& a) {
+  world_->Trace("member ", index_, " measures unit ", a.unit);
+  world_->Happens(Moment::kMeasure);
+  CheckPlan(*a.plan);
+  const Sums before = Final(a.unit, a.plan->step);
+  const std::vector<uint64_t> weights = weights_[a.unit];
+  Later([=, this] {
+    if (Final(a.unit, a.plan->step) != before || weights_[a.unit] != weights) {
+      Violate(absl::StrCat("unit ", a.unit, " changes while it is measured"));
+    }
+    job_->OnMeasured(a.unit, a.plan->step, MeasureUnit(a.unit, *a.plan));
+  });
+}
+
+// In the order of the cells, which is the layout's.
+std::vector<core::TensorSquares> Member::MeasureUnit(UnitIndex unit, const core::ApplyPlan& plan) {
+  const Sums sums = Final(unit, plan.step);
+  std::vector<core::TensorSquares> squares;
+  for (size_t c = 0; c < s_.cells[unit].size(); ++c) {
+    const Cell& cell = s_.cells[unit][c];
+    if (!s_.Keeps(index_, cell) || !s_.ByTensor(cell) || !plan.decision.touched[cell.parameter]) {
+      continue;
+    }
+    uint64_t& state = states_[unit][c];
+    state = ApplyState(state, sums[cell.place], plan.step);
+    if (cell.owner != index_) continue;
+    const uint64_t block = s_.layout().block_elements();
+    for (uint64_t at = cell.elements.begin; at < cell.elements.end; at = (at / block + 1) * block) {
+      squares.push_back({WeightSquare(weights_[unit][c], at), UpdateSquare(state, at)});
+    }
+  }
+  return squares;
+}
+
 void Member::Do(core::StartApply& a) {
   world_->Happens(Moment::kApply);
   CheckPlan(*a.plan);
@@ -421,10 +455,19 @@ void Member::ApplyUnit(UnitIndex unit, const core::ApplyPlan& plan) {
     if (!s_.Keeps(index_, cell) || !cell.trainable || !plan.decision.touched[cell.parameter]) {
       continue;
     }
+    const uint64_t steps = plan.parameter_steps[cell.parameter];
+    uint64_t& weight = weights_[unit][c];
     uint64_t& state = states_[unit][c];
-    weights_[unit][c] = Apply(weights_[unit][c], sums[cell.place], state,
-                              plan.parameter_steps[cell.parameter]);
-    state = ApplyState(state, sums[cell.place], plan.step);
+    if (!s_.ByTensor(cell)) {
+      weight = Apply(weight, sums[cell.place], state, steps);
+      state = ApplyState(state, sums[cell.place], plan.step);
+      continue;
+    }
+    if (plan.squares.size() != plan.parameter_steps.size()) {
+      Violate(absl::StrCat("unit ", unit, " is applied without the norms of its tensors"));
+    }
+    const core::TensorSquares& squares = plan.squares[cell.parameter];
+    weight = ApplyByTensor(weight, state, squares.weight, squares.update, steps);
   }
 }
 

@@ -103,6 +103,7 @@ class Member {
   void Do(core::ComputeNorm& a);
   void Do(core::CommitBlobs& a);
   void Do(core::StartApply& a);
+  void Do(core::StartMeasure& a);
   void Do(core::StartPut& a);
   void Do(core::StartRead& a);
   void Do(core::DropGradients& a);
@@ -116,6 +117,7 @@ class Member {
   Sums Final(UnitIndex unit, Step step) const;
   void CheckPlan(const core::ApplyPlan& plan) const;
   void ApplyUnit(UnitIndex unit, const core::ApplyPlan& plan);
+  std::vector<core::TensorSquares> MeasureUnit(UnitIndex unit, const core::ApplyPlan& plan);
   void CheckExhausted(const core::Complete& a) const;
   void CheckAside(const char* when) const;
 

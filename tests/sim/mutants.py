@@ -73,6 +73,19 @@ MUTANTS = [
     ("gather_before_apply", "job_log.cc",
      "return connected_ && !u.writing && !u.applying && u.applied >= e.step;",
      "return connected_ && !u.writing;"),
+    ("norms_before_all_measured", "sequencer.cc",
+     "  for (const MemberState& other : members_) {\n"
+     "    if (!other.squares.has_value()) return absl",
+     "  for (MemberState& other : members_) {\n"
+     "    if (!other.squares.has_value()) other.squares.emplace(size_t{1} << 16);\n"
+     "    if (!other.squares.has_value()) return absl"),
+    ("entries_amid_measuring", "sequencer.cc",
+     "    held_.emplace_back(from, item);\n    return absl::OkStatus();\n", ""),
+    ("forget_what_was_held", "sequencer.cc",
+     "    if (generation_ != generation) break;  // stale",
+     "    if (generation_ == generation) break;"),
+    ("squares_of_another_owner", "sequencer.cc",
+     "(*members_[m].squares)[next[m]++];", "(*members_[m].squares)[0];"),
     ("step_answered_early", "job_log.cc",
      "  if (!finishing_step_ || applying_ != 0) return;", "  if (!finishing_step_) return;"),
     ("generation_amid_apply", "job_log.cc",

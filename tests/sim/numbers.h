@@ -54,6 +54,21 @@ constexpr uint64_t ApplyState(uint64_t state, const Gradient& g, uint64_t step) 
   return Hash(state, g.sum, g.order, step);
 }
 
+// An optimizer by tensor. The first pass gives its state, and a piece's squares, small integers as
+// above.
+constexpr double WeightSquare(uint64_t weight, uint64_t begin) {
+  return static_cast<double>(1 + (Hash(weight, begin) & 1023));
+}
+constexpr double UpdateSquare(uint64_t state, uint64_t begin) {
+  return static_cast<double>(1 + (Hash(state, begin, 1) & 1023));
+}
+// The second, from the sums of the tensor's pieces.
+constexpr uint64_t ApplyByTensor(uint64_t weight, uint64_t state, double weight_square,
+                                 double update_square, uint64_t parameter_steps) {
+  return Hash(weight, state, static_cast<uint64_t>(weight_square),
+              static_cast<uint64_t>(update_square), parameter_steps);
+}
+
 // One generator per purpose, each a function of the seed: changing how one is used leaves the
 // others as they were.
 class Random {

@@ -14,6 +14,9 @@ enum Purpose : uint64_t { kShape = 1, kScript, kScriptOfRank, kPuts, kDisagree, 
 std::shared_ptr<const core::Layout> RandomLayout(Random* random) {
   core::ModelDescription model;
   model.modules.push_back({"", "Model", false});
+  // Half of the jobs have an optimizer by tensor, of some parameters or of all.
+  const core::OptimizerKind kinds[] = {core::OptimizerKind::kAdam, core::OptimizerKind::kLamb};
+  model.groups = {kinds[random->Percent(25)], kinds[random->Percent(40)]};
   const uint64_t units = random->Between(2, 5);
   for (uint64_t u = 0; u < units; ++u) {
     const std::string path = absl::StrCat("u", u);
@@ -27,6 +30,7 @@ std::shared_ptr<const core::Layout> RandomLayout(Random* random) {
                                                            : random->Between(9000, 40000))};
       d.trainable = p == 0 || random->Percent(85);
       d.modules = {path};
+      d.group = random->Percent(30) ? 1 : 0;
       model.parameters.push_back(std::move(d));
     }
   }
@@ -411,7 +415,7 @@ core::HyperParameters Hyper(const Scenario& s, Rank rank, Step step, uint32_t at
   core::HyperParameters h;
   h.max_norm = s.max_norm;
   h.want_norm = rank == 0 && step % 2 == 0;
-  h.groups.resize(1);
+  h.groups.resize(2);
   h.groups[0].lr = static_cast<double>(step) + (Disagrees(s, rank, step, attempt) ? 0.5 : 0.0);
   return h;
 }

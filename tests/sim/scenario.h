@@ -41,6 +41,7 @@ enum class Moment : uint8_t {
   kStepSent,   // a client sends STEP
   kNorm,       // a member starts NORM
   kCommit,     // a member starts COMMIT
+  kMeasure,    // an owner starts the first pass of an optimizer by tensor
   kApply,      // an owner starts the optimizer on a unit
   kPut,
   kRestore,    // a client is told that the progress is restored
@@ -92,6 +93,10 @@ struct Scenario {
   static Scenario FromSeed(uint64_t seed);
   core::JobSpec Spec(MemberIndex m) const;
   const core::Layout& layout() const { return *spec.layout; }
+  bool ByTensor(const Cell& cell) const {
+    const core::Parameter& p = layout().parameters()[cell.parameter];
+    return cell.trainable && core::ByTensor(layout().optimizer(p.group));
+  }
   uint32_t world() const { return spec.world; }
   bool Keeps(MemberIndex m, const Cell& cell) const {
     return spec.stage == 0 || cell.owner == m;

@@ -107,6 +107,43 @@ Gradient Truth::Sum(const std::vector<std::shared_ptr<Process>>& processes, Unit
   return total;
 }
 
+// An optimizer by tensor has its state of this step before its weights.
+void Truth::ApplyStep(const Outcome& outcome, const std::vector<Gradient>& gradients, Step step,
+                      const core::OptimizerProgress& before, Weights* weights,
+                      Weights* states) const {
+  std::vector<double> weight_squares(gradients.size(), 0.0);
+  std::vector<double> update_squares(gradients.size(), 0.0);
+  const auto for_each = [&](const auto& visit) {
+    for (UnitIndex u = 0; u < s_.cells.size(); ++u) {
+      for (size_t c = 0; c < s_.cells[u].size(); ++c) {
+        const Cell& cell = s_.cells[u][c];
+        if (!cell.trainable || !outcome.touched[cell.parameter]) continue;
+        visit(cell, &(*weights)[u][c], &(*states)[u][c]);
+      }
+    }
+  };
+  for_each([&](const Cell& cell, const uint64_t* weight, uint64_t* state) {
+    if (!s_.ByTensor(cell)) return;
+    *state = ApplyState(*state, gradients[cell.parameter], step);
+    const uint64_t block = s_.layout().block_elements();
+    for (uint64_t at = cell.elements.begin; at < cell.elements.end; at = (at / block + 1) * block) {
+      weight_squares[cell.parameter] += WeightSquare(*weight, at);
+      update_squares[cell.parameter] += UpdateSquare(*state, at);
+    }
+  });
+  for_each([&](const Cell& cell, uint64_t* weight, uint64_t* state) {
+    const uint64_t steps = before.parameter_steps[cell.parameter] + 1;
+    const Gradient& g = gradients[cell.parameter];
+    if (s_.ByTensor(cell)) {
+      *weight = ApplyByTensor(*weight, *state, weight_squares[cell.parameter],
+                              update_squares[cell.parameter], steps);
+      return;
+    }
+    *weight = Apply(*weight, g, *state, steps);
+    *state = ApplyState(*state, g, step);
+  });
+}
+
 void Truth::CheckCommit(Step step,
                         const std::vector<std::shared_ptr<Process>>& processes) const {
   if (step != committed_ + 1) {
@@ -164,15 +201,7 @@ void Truth::Commit(Step step, const std::vector<std::shared_ptr<Process>>& proce
   }
   outcome.grad_norm =
       std::sqrt(squares) / (static_cast<double>(s_.world()) * outcome.loss_scale);
-  for (UnitIndex u = 0; u < s_.cells.size() && !outcome.skip; ++u) {
-    for (size_t c = 0; c < s_.cells[u].size(); ++c) {
-      const Cell& cell = s_.cells[u][c];
-      if (!cell.trainable || !outcome.touched[cell.parameter]) continue;
-      const Gradient& g = gradients[cell.parameter];
-      w[u][c] = Apply(w[u][c], g, state[u][c], progress.parameter_steps[cell.parameter] + 1);
-      state[u][c] = ApplyState(state[u][c], g, step);
-    }
-  }
+  if (!outcome.skip) ApplyStep(outcome, gradients, step, progress, &w, &state);
   for (size_t p = 0; p < parameters.size() && !outcome.skip; ++p) {
     if (outcome.touched[p]) ++progress.parameter_steps[p];
   }

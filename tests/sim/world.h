@@ -61,6 +61,8 @@ class Truth {
                uint32_t place) const;
   void PrepareBefore(Step step);
   void CheckCommit(Step step, const std::vector<std::shared_ptr<Process>>& processes) const;
+  void ApplyStep(const Outcome& outcome, const std::vector<Gradient>& gradients, Step step,
+                 const core::OptimizerProgress& before, Weights* weights, Weights* states) const;
 
   const Scenario& s_;
   Step committed_ = 0;

@@ -44,9 +44,12 @@ client::OptimizerKind ParseOptimizer(const std::string& name) {
   if (name == "adagrad") return client::OptimizerKind::kAdagrad;
   if (name == "sgd") return client::OptimizerKind::kSgd;
   if (name == "sgd_momentum") return client::OptimizerKind::kSgdMomentum;
+  if (name == "lamb") return client::OptimizerKind::kLamb;
+  if (name == "muon") return client::OptimizerKind::kMuon;
   Raise(absl::InvalidArgumentError(
       "the optimizer is \"" + name +
-      "\"; it must be \"adam\", \"lion\", \"adagrad\", \"sgd\" or \"sgd_momentum\""));
+      "\"; it must be \"adam\", \"lion\", \"adagrad\", \"sgd\", \"sgd_momentum\", \"lamb\" or "
+      "\"muon\""));
 }
 
 client::StateKind ParseKind(const std::string& name) {
@@ -286,15 +289,18 @@ void DefineGroup(nb::module_& m) {
       .def(nb::new_([](double lr, double beta1, double beta2, double eps, double weight_decay,
                        double momentum, double dampening, double lr_decay,
                        double initial_accumulator_value, bool decoupled, bool bias_correction,
-                       bool nesterov) {
+                       bool nesterov, double min_coeff, double max_coeff,
+                       bool eps_inside_sqrt, bool standard_newton_schulz) {
              return client::Group{lr, beta1, beta2, eps, weight_decay, momentum, dampening,
                                   lr_decay, initial_accumulator_value, decoupled,
-                                  bias_correction, nesterov};
+                                  bias_correction, nesterov, min_coeff, max_coeff,
+                                  eps_inside_sqrt, standard_newton_schulz};
            }),
            "lr"_a, "beta1"_a = 0.9, "beta2"_a = 0.999, "eps"_a = 1e-8, "weight_decay"_a = 0.0,
            "momentum"_a = 0.0, "dampening"_a = 0.0, "lr_decay"_a = 0.0,
            "initial_accumulator_value"_a = 0.0, "decoupled"_a = true, "bias_correction"_a = true,
-           "nesterov"_a = false)
+           "nesterov"_a = false, "min_coeff"_a = 0.01, "max_coeff"_a = 10.0,
+           "eps_inside_sqrt"_a = false, "standard_newton_schulz"_a = false)
       .def_rw("lr", &client::Group::lr)
       .def_rw("beta1", &client::Group::beta1)
       .def_rw("beta2", &client::Group::beta2)
@@ -306,7 +312,11 @@ void DefineGroup(nb::module_& m) {
       .def_rw("initial_accumulator_value", &client::Group::initial_accumulator_value)
       .def_rw("decoupled", &client::Group::decoupled)
       .def_rw("bias_correction", &client::Group::bias_correction)
-      .def_rw("nesterov", &client::Group::nesterov);
+      .def_rw("nesterov", &client::Group::nesterov)
+      .def_rw("min_coeff", &client::Group::min_coeff)
+      .def_rw("max_coeff", &client::Group::max_coeff)
+      .def_rw("eps_inside_sqrt", &client::Group::eps_inside_sqrt)
+      .def_rw("standard_newton_schulz", &client::Group::standard_newton_schulz);
 }
 
 void DefineValues(nb::module_& m) {

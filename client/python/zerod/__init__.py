@@ -49,7 +49,7 @@ if TYPE_CHECKING:
         z3_leaf_module,
     )
     from zerod.loader import Loader
-    from zerod.optimizer import SGD, Adagrad, Adam, AdamW, Lion
+    from zerod.optimizer import SGD, Adagrad, Adam, AdamW, Lamb, Lion, Muon
     from zerod.parameter_status import ZeroParamStatus
     from zerod.schedule import WarmupLR
 
@@ -86,7 +86,7 @@ _HOMES = {
         "z3_leaf_module",
     ),
     "loader": ("Loader",),
-    "optimizer": ("SGD", "Adagrad", "Adam", "AdamW", "Lion"),
+    "optimizer": ("SGD", "Adagrad", "Adam", "AdamW", "Lamb", "Lion", "Muon"),
     "parameter_status": ("ZeroParamStatus",),
     "schedule": ("WarmupLR",),
 }

@@ -112,6 +112,10 @@ class Group:
     decoupled: bool
     bias_correction: bool
     nesterov: bool
+    min_coeff: float
+    max_coeff: float
+    eps_inside_sqrt: bool
+    standard_newton_schulz: bool
     def __init__(
         self,
         lr: float,
@@ -126,6 +130,10 @@ class Group:
         decoupled: bool = True,
         bias_correction: bool = True,
         nesterov: bool = False,
+        min_coeff: float = 0.01,
+        max_coeff: float = 10.0,
+        eps_inside_sqrt: bool = False,
+        standard_newton_schulz: bool = False,
     ) -> None: ...
 
 class UnitView:
@@ -187,7 +195,9 @@ class Client:
         *,
         modules: Sequence[ModuleInfo],
         parameters: Sequence[ParameterInfo],
-        groups: Sequence[Literal["adam", "lion", "adagrad", "sgd", "sgd_momentum"]] = (),
+        groups: Sequence[
+            Literal["adam", "lion", "adagrad", "sgd", "sgd_momentum", "lamb", "muon"]
+        ] = (),
         config: str = "{}",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         address: str = "",

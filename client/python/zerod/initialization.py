@@ -57,8 +57,8 @@ def initialize(
 
     The arguments are DeepSpeed's. `config` is a dict, the path of a JSON file, or base64 of one;
     "auto" becomes what `model` and `optimizer` say (docs/config.md). `optimizer` is one of
-    torch.optim that the daemon computes (AdamW, Adam, Adagrad, SGD) or of this package, or a
-    function that makes one of parameters; `lr_scheduler` a scheduler, or a
+    torch.optim that the daemon computes (AdamW, Adam, Adagrad, SGD) or of this package (Lamb,
+    Lion and Muon too), or a function that makes one of parameters; `lr_scheduler` a scheduler, or a
     function that makes one of the optimizer. `address` is the daemon's socket ("unix:/path"; else
     ZEROD_ADDRESS, else an embedded one). `seed` orders `training_data`.
     `written_for_deepspeed`: the script and its configuration know nothing of zerod; unknown keys at

@@ -236,6 +236,146 @@ class SGD(Optimizer):
         return {**super().values(group), "nesterov": bool(group["nesterov"])}
 
 
+class Lamb(Optimizer):
+    """You et al., "Large Batch Optimization for Deep Learning", with what DeepSpeed's FusedLamb has
+    beside it: the ratio of a tensor's norm to its update's lies within [min_coeff, max_coeff].
+
+    Norms are of whole parameters, at every stage and on any number of nodes.
+    """
+
+    KIND = "lamb"
+    STATE = ("exp_avg", "exp_avg_sq")
+    KEYS = ("lr", "eps", "weight_decay", "min_coeff", "max_coeff")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        eps_inside_sqrt: bool = False,
+        weight_decay: float = 0.0,
+        max_coeff: float = 10.0,
+        min_coeff: float = 0.01,
+    ) -> None:
+        if not 0 <= min_coeff <= max_coeff:
+            raise ValueError(f"min_coeff {min_coeff} and max_coeff {max_coeff} bound no ratio")
+        defaults = {
+            "lr": lr,
+            "bias_correction": bias_correction,
+            "betas": tuple(betas),
+            "eps": eps,
+            "eps_inside_sqrt": eps_inside_sqrt,
+            "weight_decay": weight_decay,
+            "max_coeff": max_coeff,
+            "min_coeff": min_coeff,
+        }
+        super().__init__(params, defaults)
+
+    def values(self, group: dict[str, Any]) -> dict[str, Any]:
+        flags = {key: bool(group[key]) for key in ("bias_correction", "eps_inside_sqrt")}
+        return {**super().values(group), **flags}
+
+
+class Muon(Optimizer):
+    """Jordan et al., https://kellerjordan.github.io/posts/muon/, with Nesterov's momentum, and for
+    what is no hidden matrix AdamW: DeepSpeed's MuonWithAuxAdam.
+
+    A group's "use_muon", else a parameter's attribute `use_muon`, says what is updated by which;
+    each group is split in two where its parameters differ. A rate of its own for one of the two is
+    `muon_lr` or `adam_lr`. Matrices, and filters of 4 dimensions as matrices of as many rows as
+    they have filters, may be updated by Muon; the orthogonal update is multiplied by
+    sqrt(max(1, rows / columns)).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | None = None,
+        muon_lr: float | None = None,
+        adam_lr: float | None = None,
+        momentum: float = 0.95,
+        ns_method: str = "gram",
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+    ) -> None:
+        rates = {
+            True: next(rate for rate in (muon_lr, lr, 0.02) if rate is not None),
+            False: next(rate for rate in (adam_lr, lr, 3e-4) if rate is not None),
+        }
+        defaults = {
+            "use_muon": False,
+            "lr": rates[False],
+            "momentum": momentum,
+            "ns_method": ns_method,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(_halves(list(params), rates), defaults)
+        for group in self.param_groups:
+            if group["ns_method"] not in ("gram", "standard"):
+                raise ValueError(f'ns_method {group["ns_method"]!r} is not "gram" or "standard"')
+
+    def kind(self, group: dict[str, Any]) -> str:
+        return "muon" if group["use_muon"] else "adam"
+
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["use_muon"] else ("exp_avg", "exp_avg_sq")
+
+    def values(self, group: dict[str, Any]) -> dict[str, Any]:
+        values = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+        if not group["use_muon"]:
+            beta1, beta2 = group["betas"]
+            return {**values, "beta1": beta1, "beta2": beta2, "eps": group["eps"]}
+        standard = group["ns_method"] == "standard"
+        return {
+            **values,
+            "momentum": group["momentum"],
+            "nesterov": True,
+            "standard_newton_schulz": standard,
+        }
+
+
+def _halves(params: list[Any], rates: dict[bool, float]) -> list[dict[str, Any]]:
+    """Each group's part for Muon, then its part for Adam, with their rates."""
+    groups = [item for item in params if isinstance(item, dict)]
+    loose = [item for item in params if not isinstance(item, dict)]
+    if loose:
+        groups.append({"params": loose})
+    result = []
+    for group in groups:
+        members = group["params"]
+        members = [members] if isinstance(members, torch.Tensor) else list(members)
+        members = [p for p in members if p.requires_grad]
+        for use_muon, rate in rates.items():
+            half = []
+            for p in members:
+                flag = group.get("use_muon", getattr(p, "use_muon", None))
+                if flag is None:
+                    raise ModelError(
+                        f"Muon does not know what a parameter of shape {tuple(p.shape)} is: set "
+                        '"use_muon" of its group, or its attribute use_muon, to True for hidden '
+                        "matrices and to False for embeddings, the head, norms and biases"
+                    )
+                if bool(flag) == use_muon:
+                    half.append(p)
+            if half:
+                result.append({"lr": rate, **group, "params": half, "use_muon": use_muon})
+    return result
+
+
+def _flag_for_muon(model: torch.nn.Module) -> None:
+    """DeepSpeed's rule, for parameters that have no flag: what has two dimensions or more is
+    updated by Muon, unless its name says that it is an embedding or the head."""
+    for name, p in model.named_parameters():
+        hidden = not any(word in name.lower() for word in ("embed", "lm_head"))
+        if not hasattr(p, "use_muon"):
+            p.use_muon = p.dim() >= 2 and hidden  # type: ignore[attr-defined]
+
+
 # Whose place is taken, by exact class: a subclass may compute anything.
 _ADOPTED: dict[str, type[Optimizer]] = {
     "torch.optim.adamw.AdamW": AdamW,
@@ -300,6 +440,14 @@ def _from_config(section: dict[str, Any], parameters: list[Any]) -> Optimizer:
     if kind == "SGD":
         keys = ("momentum", "dampening", "nesterov")
         return SGD(parameters, **{key: params[key] for key in keys}, **common)
+    if kind == "Lamb":
+        keys = ("bias_correction", "eps", "eps_inside_sqrt", "max_coeff", "min_coeff")
+        betas = tuple(params["betas"])
+        return Lamb(parameters, betas=betas, **{key: params[key] for key in keys}, **common)
+    if kind == "Muon":
+        keys = ("muon_lr", "adam_lr", "momentum", "ns_method", "eps", "weight_decay")
+        betas = tuple(params["betas"])
+        return Muon(parameters, betas=betas, **{key: params[key] for key in keys})
     raise ModelError(f"the optimizer {kind!r} is not served")
 
 
@@ -324,6 +472,8 @@ def build(
     if optimizer is not None:
         result = adopt(optimizer)
     elif section and parameters:
+        if section["type"] == "Muon":
+            _flag_for_muon(model)
         result = _from_config(section, parameters)
     else:
         return None

@@ -22,6 +22,7 @@ if result["found"]:
     from deepspeed.launcher.runner import DEEPSPEED_ENVIRONMENT_NAME
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
     from deepspeed.ops.aio import AsyncIOBuilder
+    from deepspeed.ops.lamb import FusedLamb
     from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion  # noqa: F401
     from deepspeed.runtime.zero import partition_parameters
     from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
@@ -46,6 +47,8 @@ if result["found"]:
     mapped = DeepSpeedCPUAdam(given.param_groups, lr=0.5, weight_decay=0.25, adamw_mode=True)
     result["shared"] = mapped.param_groups[0] is given.param_groups[0]
     result["optimizer"] = isinstance(FusedAdam([weight]), torch.optim.Optimizer)
+    lamb = FusedLamb([weight], betas=(0.8, 0.9), max_coeff=3)
+    result["lamb"] = lamb.kinds() == ["lamb"] and lamb.param_groups[0]["max_coeff"] == 3
 
     result["refused"] = []
     for use in (

@@ -26,7 +26,15 @@ namespace zerod::client {
 
 enum class DType { kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
 // What a parameter group is updated by, for the life of the job; kSgd is the one without momentum.
-enum class OptimizerKind { kAdam = 1, kLion = 2, kAdagrad = 3, kSgd = 4, kSgdMomentum = 5 };
+enum class OptimizerKind {
+  kAdam = 1,
+  kLion = 2,
+  kAdagrad = 3,
+  kSgd = 4,
+  kSgdMomentum = 5,
+  kLamb = 6,
+  kMuon = 7,  // of parameters of 2 or 4 dimensions
+};
 
 struct ModuleInfo {
   std::string path;
@@ -92,6 +100,10 @@ struct Group {
   bool decoupled = true;  // Adam: AdamW's weight decay, else L2 regularization
   bool bias_correction = true;
   bool nesterov = false;
+  double min_coeff = 0.01;  // LAMB
+  double max_coeff = 10;    // LAMB
+  bool eps_inside_sqrt = false;  // LAMB
+  bool standard_newton_schulz = false;  // Muon
 };
 struct StepRequest {
   double max_norm = 0;

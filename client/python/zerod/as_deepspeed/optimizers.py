@@ -105,3 +105,28 @@ class DeepSpeedCPUAdagrad(optimizers.Adagrad):
         _refuse(type(self).__name__, amsgrad=amsgrad, adamw_mode=adamw_mode,
                 fp32_optimizer_states=not fp32_optimizer_states)
         super().__init__(model_params, lr, eps=eps, weight_decay=weight_decay)
+
+
+class FusedLamb(optimizers.Lamb):
+    """LAMB."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        eps_inside_sqrt: bool = False,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 0.0,
+        max_coeff: float = 10.0,
+        min_coeff: float = 0.01,
+        amsgrad: bool = False,
+    ) -> None:
+        # The gradients' norm is clipped by gradient_clipping.
+        _refuse(type(self).__name__, amsgrad=amsgrad, max_grad_norm=max_grad_norm != 0)
+        super().__init__(
+            params, lr, bias_correction, betas, eps, eps_inside_sqrt, weight_decay, max_coeff,
+            min_coeff,
+        )

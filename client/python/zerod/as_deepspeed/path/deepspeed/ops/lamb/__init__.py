@@ -3,7 +3,7 @@
 
 from zerod.as_deepspeed import face
 
-_NEVER = {
-    "FusedLamb": "LAMB yet",
+_EXPORTS = {
+    "FusedLamb": "zerod.as_deepspeed.optimizers:FusedLamb",
 }
-__getattr__, __dir__ = face.names(__name__, never=_NEVER)
+__getattr__, __dir__ = face.names(__name__, _EXPORTS)
