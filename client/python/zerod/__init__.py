@@ -27,6 +27,13 @@ from zerod.errors import (
     UserWriteError,
     ZerodError,
 )
+from zerod.fragments import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
 from zerod.gathered import GatheredParameters
 from zerod.initialization import initialize
 from zerod.leaf import (
@@ -69,6 +76,11 @@ __all__ = [
     "barrier",
     "get_z3_leaf_modules",
     "initialize",
+    "safe_get_full_fp32_param",
+    "safe_get_full_grad",
+    "safe_get_full_optimizer_state",
+    "safe_set_full_fp32_param",
+    "safe_set_full_optimizer_state",
     "set_z3_leaf_module",
     "set_z3_leaf_modules",
     "set_z3_leaf_modules_by_name",
