@@ -39,6 +39,13 @@ absl::Status ClientImpl::Scatter(uint32_t unit, bool last) {
   return gradients_->Scatter(unit, last, step());
 }
 
+absl::Status ClientImpl::HandOver(uint32_t unit) {
+  RETURN_IF_ERROR(CheckUnit(unit));
+  RETURN_IF_ERROR(requests_->Acquire(Requests::Turn::kLanding, "another thread's gradient"));
+  TurnHolder turn(requests_.get(), Requests::Turn::kLanding);
+  return gradients_->HandOver(unit, step());
+}
+
 absl::Status ClientImpl::EndMicroStep() {
   RETURN_IF_ERROR(CheckUsable());
   RETURN_IF_ERROR(requests_->Acquire(Requests::Turn::kLanding, "another thread's gradient"));

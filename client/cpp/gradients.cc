@@ -130,6 +130,17 @@ absl::Status Gradients::Scatter(uint32_t u, bool last, uint64_t step) {
   return absl::OkStatus();
 }
 
+absl::Status Gradients::HandOver(uint32_t u, uint64_t step) {
+  Unit& unit = units_[u];
+  if (unit.last && unit.posted) return absl::OkStatus();
+  RETURN_IF_ERROR(TakeAnswers());
+  RETURN_IF_ERROR(error_);
+  if (plan_.node_sum && !unit.open) RETURN_IF_ERROR(OpenSlot(u, step));
+  RETURN_IF_ERROR(Post(u, /*last=*/true, step));
+  unit.last = true;
+  return absl::OkStatus();
+}
+
 absl::Status Gradients::EndMicroStep(uint64_t step) {
   if (!plan_.node_sum) return absl::OkStatus();
   RETURN_IF_ERROR(TakeAnswers());

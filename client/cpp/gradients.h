@@ -29,6 +29,7 @@ class Gradients {
   // See Client. `step` is the one being computed.
   absl::Status Land(uint32_t parameter, const void* gradient, DType dtype, uint64_t step);
   absl::Status Scatter(uint32_t unit, bool last, uint64_t step);
+  absl::Status HandOver(uint32_t unit, uint64_t step);
   absl::Status EndMicroStep(uint64_t step);
   absl::Status Reclaim(uint32_t unit, uint64_t step);
   bool Scattered(uint32_t unit) const { return units_[unit].last; }

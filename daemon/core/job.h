@@ -315,6 +315,7 @@ class Job {
     bool forecast = false;         // the copy on its way was not asked for by a client
     uint32_t exchanges = 0;        // gathers, puts and reads in flight
     bool writing = false;          // a PUT is among them
+    uint32_t reading_gradients = 0;  // READs of the gradient are among them
     uint32_t reducing = 0;         // reduces in flight
     uint32_t reduced_round = 0;    // last completed in this step
     uint32_t reported_round = 0;
@@ -329,7 +330,8 @@ class Job {
   bool Attached(SlotIndex slot) const;
   absl::Status CheckUnitAndStep(UnitIndex unit, Step step) const;
   absl::Status CheckRange(UnitIndex unit, uint64_t begin, uint64_t count) const;
-  absl::Status CheckState(UnitIndex unit, uint64_t begin, uint64_t count, StateKind kind) const;
+  absl::Status CheckState(UnitIndex unit, uint64_t begin, uint64_t count, StateKind kind,
+                          bool put) const;
   absl::Status CheckRestore(const OptimizerProgress& progress) const;
   absl::Status MissingRank() const;
   ScalarWait& PostScalar(Waiter waiter, const ScalarValues& values);

@@ -309,13 +309,22 @@ void Job::MaybeReportStep() {
 
 // --- State in and out, scalars, leaving --------------------------------------------------------
 
-absl::Status Job::CheckState(UnitIndex unit, uint64_t begin, uint64_t count,
-                             StateKind kind) const {
+absl::Status Job::CheckState(UnitIndex unit, uint64_t begin, uint64_t count, StateKind kind,
+                             bool put) const {
   absl::Status status = CheckUnitAndStep(unit, committed_ + 1);
   if (status.ok()) status = CheckRange(unit, begin, count);
-  if (status.ok() && static_cast<uint32_t>(kind) > spec_.layout->state_tensors()) {
+  if (status.ok() && !spec_.layout->Has(kind, put)) {
     status = absl::InvalidArgumentError(absl::StrCat(
         "the job's optimizer keeps ", spec_.layout->state_tensors(), " tensors of state"));
+  }
+  // What moments are there for padding and frozen parameters? Zeros, to read; none, to write.
+  const uint64_t trainable = status.ok() ? spec_.layout->units()[unit].trainable_elements : 0;
+  const bool trained = kind == StateKind::kGradient || (put && kind != StateKind::kMaster);
+  if (status.ok() && trained && begin + count > trainable) {
+    status = absl::InvalidArgumentError(absl::StrCat(
+        kind == StateKind::kGradient ? "the gradient" : "optimizer state", " of the elements [",
+        begin, ", +", count, ") of unit ", unit, ", of which only the first ", trainable,
+        " are trained"));
   }
   return status;
 }
@@ -323,14 +332,7 @@ absl::Status Job::CheckState(UnitIndex unit, uint64_t begin, uint64_t count,
 void Job::OnPut(SlotIndex slot, uint64_t cookie, UnitIndex unit, uint64_t begin, uint64_t count,
                 StateKind kind) {
   if (!Attached(slot)) return;
-  absl::Status status = CheckState(unit, begin, count, kind);
-  if (status.ok() && kind != StateKind::kMaster &&
-      begin + count > spec_.layout->units()[unit].trainable_elements) {
-    status = absl::InvalidArgumentError(absl::StrCat(
-        "optimizer state for the elements [", begin, ", +", count, ") of unit ", unit,
-        ", of which only the first ", spec_.layout->units()[unit].trainable_elements,
-        " are trained"));
-  }
+  const absl::Status status = CheckState(unit, begin, count, kind, /*put=*/true);
   if (!status.ok()) return Answer({slot, cookie}, status);
   requests_.push_back({slot, cookie});
   Tell(StateRequest{/*put=*/true, slot, unit, begin, count, kind});
@@ -340,7 +342,10 @@ void Job::OnPut(SlotIndex slot, uint64_t cookie, UnitIndex unit, uint64_t begin,
 void Job::OnRead(SlotIndex slot, uint64_t cookie, UnitIndex unit, uint64_t begin, uint64_t count,
                  StateKind kind) {
   if (!Attached(slot)) return;
-  const absl::Status status = CheckState(unit, begin, count, kind);
+  absl::Status status = CheckState(unit, begin, count, kind, /*put=*/false);
+  if (status.ok() && kind == StateKind::kGradient && slots_[slot].stepped) {
+    status = absl::FailedPreconditionError("a gradient is read before STEP, which uses it up");
+  }
   if (!status.ok()) return Answer({slot, cookie}, status);
   requests_.push_back({slot, cookie});
   Tell(StateRequest{/*put=*/false, slot, unit, begin, count, kind});

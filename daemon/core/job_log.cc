@@ -17,7 +17,7 @@ bool Job::Names(const Entry& e) const {
   if (e.kind < EntryKind::kStart || e.kind > kEntryKindLast || e.unit >= units_.size() ||
       e.rank >= spec_.world || e.origin >= spec_.members ||
       !CheckRange(e.unit, e.begin, e.count).ok() ||
-      static_cast<uint32_t>(e.state_kind) > spec_.layout->state_tensors()) {
+      !spec_.layout->Has(e.state_kind, e.kind != EntryKind::kRead)) {
     return false;
   }
   if (e.kind == EntryKind::kCommit) {
@@ -64,11 +64,13 @@ bool Job::CanStart(const Entry& e) const {
     case EntryKind::kAllGather:
       return connected_ && !u.writing && !u.applying && u.applied >= e.step;
     case EntryKind::kRead:
+      if (e.state_kind == StateKind::kGradient && (u.reducing != 0 || u.accumulating)) return false;
       return connected_ && !u.writing && !u.applying && u.applied == committed_;
     case EntryKind::kPut:
       return connected_ && u.exchanges == 0 && !u.applying && u.applied == committed_;
     case EntryKind::kReduceScatter:
-      return connected_ && u.reducing == 0 && !u.accumulating && !finishing_step_;
+      return connected_ && u.reducing == 0 && !u.accumulating && !finishing_step_ &&
+             u.reading_gradients == 0;
     case EntryKind::kNorm:
       return running_.empty();
     case EntryKind::kCommit:
@@ -115,6 +117,7 @@ void Job::StartPutOrRead(const Entry& e) {
     requests_.pop_front();
   }
   if (e.kind == EntryKind::kRead) {
+    if (e.state_kind == StateKind::kGradient) ++u.reading_gradients;
     return Emit(StartRead{e.seq, e.unit, e.origin, e.slot, e.begin, e.count, e.state_kind});
   }
   u.writing = true;
@@ -199,6 +202,7 @@ void Job::FinishEntry(const Entry& e) {
     }
     return;
   }
+  if (e.kind == EntryKind::kRead && e.state_kind == StateKind::kGradient) --u.reading_gradients;
   if (e.kind == EntryKind::kPut) {
     u.writing = false;
     if (e.state_kind == StateKind::kMaster && window_.resident(e.unit)) {

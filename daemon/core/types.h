@@ -31,7 +31,12 @@ constexpr MemberSet AllMembers(uint32_t members) {
   return members >= 64 ? ~MemberSet{0} : (MemberSet{1} << members) - 1;
 }
 
-enum class StateKind : uint16_t { kMaster = 0, kExpAvg = 1, kExpAvgSq = 2 };
+enum class StateKind : uint16_t {
+  kMaster = 0,
+  kExpAvg = 1,
+  kExpAvgSq = 2,
+  kGradient = 3,  // READ alone: the sum of what was reduced in the step under way
+};
 enum class ScalarOp : uint16_t { kSum = 0, kMean = 1, kMin = 2, kMax = 3 };
 
 // Where the loss scale of an fp16 job stands, in the terms of DeepSpeed's DynamicLossScaler.

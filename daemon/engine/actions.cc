@@ -265,8 +265,13 @@ void JobRunnerImpl::Do(core::StartRead& action) {
   if (!status.ok()) return Broken(status);
   std::shared_ptr<ClientSlot> origin =
       action.origin == request_.self ? slots_[action.slot].client : nullptr;
+  std::shared_ptr<const Sources> sources;
+  if (action.kind == core::StateKind::kGradient) {
+    sources = book_->FinalSources(action.unit, job_->committed() + 1, Clients());
+  }
   mover_->Start(action.seq,
-                MakeRead(&move_, action, std::move(origin), window_->Copy(action.unit)),
+                MakeRead(&move_, action, std::move(origin), window_->Copy(action.unit),
+                         std::move(sources)),
                 [this, seq = action.seq](absl::Status done) { job_->OnEntryDone(seq, done); });
 }
 

@@ -55,7 +55,9 @@ std::shared_ptr<Movement> MakeReduce(const MoveContext* context, const core::Sta
 // `origin`: the client whose transfer area has (PUT) or gets (READ) the values; null elsewhere.
 std::shared_ptr<Movement> MakePut(const MoveContext* context, const core::StartPut& action,
                                   std::shared_ptr<ClientSlot> origin, UnitCopy copy);
+// `sources`: of a gradient; else null.
 std::shared_ptr<Movement> MakeRead(const MoveContext* context, const core::StartRead& action,
-                                   std::shared_ptr<ClientSlot> origin, UnitCopy copy);
+                                   std::shared_ptr<ClientSlot> origin, UnitCopy copy,
+                                   std::shared_ptr<const Sources> sources);
 
 }  // namespace zerod::engine

@@ -127,14 +127,15 @@ class Put : public Movement {
 class Read : public Movement {
  public:
   Read(const MoveContext* context, const core::StartRead& action,
-       std::shared_ptr<ClientSlot> origin, UnitCopy copy)
+       std::shared_ptr<ClientSlot> origin, UnitCopy copy, std::shared_ptr<const Sources> sources)
       : c_(*context),
         unit_(action.unit),
         all_{action.begin, action.begin + action.count},
         kind_(action.kind),
         origin_member_(action.origin),
         origin_(std::move(origin)),
-        copy_(std::move(copy)) {}
+        copy_(std::move(copy)),
+        sources_(std::move(sources)) {}
 
   // Members that have nothing to do take no part.
   size_t pieces() const override { return c_.Cuts(all_); }
@@ -149,7 +150,7 @@ class Read : public Movement {
     if (IsOrigin()) {  // what is not trained has moments of zero
       memset(Wanted(range.begin), 0, range.size() * sizeof(float));
     } else {
-      copy_.Load(Intersect(range, Keeps(c_.self)), c_.SendArea(staging, origin_member_));
+      Load(Intersect(range, Keeps(c_.self)), c_.SendArea(staging, origin_member_));
     }
   }
 
@@ -181,7 +182,7 @@ class Read : public Movement {
     if (from != nullptr) {
       memcpy(Wanted(now.begin), from, now.size() * sizeof(float));
     } else {
-      copy_.Load(now, Wanted(now.begin));
+      Load(now, Wanted(now.begin));
     }
   }
 
@@ -200,8 +201,13 @@ class Read : public Movement {
     }
     return master ? c_.partition->Shard(unit_, m) : c_.partition->TrainableShard(unit_, m);
   }
-  // Where this member's own elements lie; null where the window has them in several pieces.
+  void Load(Range range, float* out) const {
+    if (kind_ != core::StateKind::kGradient) return copy_.Load(range, out);
+    SumRange(*c_.layout, *sources_, range, out);
+  }
+  // Where this member's own elements lie; null where they must be put together.
   float* Direct(Range range) const {
+    if (kind_ == core::StateKind::kGradient) return nullptr;
     if (kind_ == core::StateKind::kExpAvg) return c_.store->moment(0, unit_, range.begin);
     if (kind_ == core::StateKind::kExpAvgSq) return c_.store->moment(1, unit_, range.begin);
     if (!c_.plan->master_in_window) return c_.store->master(unit_, range.begin);
@@ -215,6 +221,7 @@ class Read : public Movement {
   const MemberIndex origin_member_;
   const std::shared_ptr<ClientSlot> origin_;
   const UnitCopy copy_;
+  const std::shared_ptr<const Sources> sources_;
 };
 
 }  // namespace
@@ -225,8 +232,10 @@ std::shared_ptr<Movement> MakePut(const MoveContext* context, const core::StartP
 }
 
 std::shared_ptr<Movement> MakeRead(const MoveContext* context, const core::StartRead& action,
-                                   std::shared_ptr<ClientSlot> origin, UnitCopy copy) {
-  return std::make_shared<Read>(context, action, std::move(origin), std::move(copy));
+                                   std::shared_ptr<ClientSlot> origin, UnitCopy copy,
+                                   std::shared_ptr<const Sources> sources) {
+  return std::make_shared<Read>(context, action, std::move(origin), std::move(copy),
+                                std::move(sources));
 }
 
 }  // namespace zerod::engine

@@ -247,7 +247,7 @@ void EntryFields(A& a, Ref<A, core::Entry> v) {
   a.Number(v.slot);
   a.Number(v.begin);
   a.Number(v.count);
-  a.Enum(v.state_kind, static_cast<uint32_t>(core::StateKind::kExpAvgSq));
+  a.Enum(v.state_kind, static_cast<uint32_t>(core::StateKind::kGradient));
   a.Number(v.ordinal);
   Scalars(a, v.scalar);
   a.Number(v.rank);
@@ -316,7 +316,7 @@ void Item(A& a, Ref<A, core::StateRequest> v) {
   a.Number(v.unit);
   a.Number(v.begin);
   a.Number(v.count);
-  a.Enum(v.kind, static_cast<uint32_t>(core::StateKind::kExpAvgSq));
+  a.Enum(v.kind, static_cast<uint32_t>(core::StateKind::kGradient));
 }
 template <typename A>
 void Item(A& a, Ref<A, core::ScalarReady> v) {

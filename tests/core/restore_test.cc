@@ -212,6 +212,30 @@ TEST_F(RestoreTest, StateThatIsNotThereCannotBeWritten) {
   EXPECT_EQ(job_->state(), JobState::kRunning);
 }
 
+TEST_F(RestoreTest, AGradientIsReadBetweenItsReductions) {
+  JobSpec spec = Spec(1, 1);
+  Make(std::move(spec));
+  Attach(1);
+  job_->OnScatter(0, 0, 1, 1, /*last=*/true, 0, {true});
+  job_->OnRead(0, 11, 1, 0, 10, StateKind::kGradient);
+  EXPECT_TRUE(Take<StartRead>().empty());  // behind the reduction
+  std::vector<StartReduce> reduces = Take<StartReduce>();
+  ASSERT_EQ(reduces.size(), 1u);
+  job_->OnEntryDone(reduces[0].seq, absl::OkStatus());
+  const std::vector<StartRead> reads = Take<StartRead>();
+  ASSERT_EQ(reads.size(), 1u);
+  EXPECT_EQ(reads[0].kind, StateKind::kGradient);
+  job_->OnScatter(0, 0, 1, 1, /*last=*/true, 0, {true});
+  EXPECT_TRUE(Take<StartReduce>().empty());  // would write what is being read
+  job_->OnEntryDone(reads[0].seq, absl::OkStatus());
+  EXPECT_TRUE(Answer(11).ok());
+  EXPECT_EQ(Take<StartReduce>().size(), 1u);
+  job_->OnPut(0, 12, 1, 0, 10, StateKind::kGradient);
+  EXPECT_TRUE(absl::IsInvalidArgument(Answer(12)));
+  job_->OnRead(0, 13, 1, 1999, 20, StateKind::kGradient);
+  EXPECT_TRUE(absl::IsInvalidArgument(Answer(13)));
+}
+
 // A log that names what is not there ends the job, not the process.
 TEST(RestoreOfALog, IsChecked) {
   for (const bool state : {false, true}) {

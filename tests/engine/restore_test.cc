@@ -15,6 +15,7 @@
 namespace zerod::engine::testing {
 namespace {
 
+using core::UnitIndex;
 using ::testing::HasSubstr;
 
 constexpr char kSmallWindow[] =
@@ -34,6 +35,13 @@ ClusterOptions Options(const Grid& grid, core::DType dtype) {
   options.config = ConfigText(grid.stage, dtype, grid.stage == 3 ? kSmallWindow : "");
   options.model = SmallModel(dtype, 3, 90);
   return options;
+}
+
+// A unit with a frozen parameter.
+UnitIndex PartlyTrained(const core::Layout& layout) {
+  UnitIndex u = 0;
+  while (layout.units()[u].trainable_elements == layout.units()[u].elements) ++u;
+  return u;
 }
 
 struct Case {
@@ -182,14 +190,8 @@ TEST(State, WhatIsNotThereIsAnErrorOfWhoWritesIt) {
   Cluster cluster(options);
   cluster.RunClients([&](uint32_t, FakeClient& client) {
     EXPECT_TRUE(client.Barrier().ok());
-    const core::Unit* partly = nullptr;  // with a frozen parameter behind the trained ones
-    core::UnitIndex u = 0;
-    for (; u < cluster.layout().units().size(); ++u) {
-      partly = &cluster.layout().units()[u];
-      if (partly->trainable_elements < partly->elements) break;
-    }
-    ASSERT_LT(partly->trainable_elements, partly->elements);
-    const uint64_t last = partly->trainable_elements - 1;
+    const UnitIndex u = PartlyTrained(cluster.layout());
+    const uint64_t last = cluster.layout().units()[u].trainable_elements - 1;
     EXPECT_TRUE(client.Put(u, last, {1.0f}, shm::StateKind::kExpAvg).ok());
     EXPECT_THAT(*client.Read(u, last, 1, shm::StateKind::kExpAvg), ::testing::ElementsAre(1.0f));
     EXPECT_TRUE(absl::IsInvalidArgument(
@@ -220,6 +222,80 @@ TEST(State, IsWrittenWhileTheWeightsAreHeld) {
     EXPECT_TRUE(client.Barrier().ok());
   });
 }
+
+struct GradientCase {
+  std::string name;
+  Grid grid;
+  bool node_sum;
+};
+
+class GradientRead : public ::testing::TestWithParam<GradientCase> {};
+
+TEST_P(GradientRead, GivesTheSumOfAllRanksAndChangesNothing) {
+  const GradientCase& c = GetParam();
+  ClusterOptions options = Options(c.grid, kFp32);
+  options.config = ConfigText(c.grid.stage, kFp32, c.grid.stage == 3 ? kSmallWindow : "",
+                              c.node_sum ? "\"gradient_plan\": \"node_sum\"" : "");
+  Cluster cluster(options);
+  const core::Layout& layout = cluster.layout();
+  const Workload workload = DefaultWorkload();
+  Reference reference(&layout, c.grid.members, c.grid.local_world, c.node_sum);
+  for (int i = 0; i < 2; ++i) reference.Step(workload);
+  cluster.RunClients([&](uint32_t rank, FakeClient& client) {
+    Train(layout, rank, client, workload, 1, /*fresh=*/true);
+    std::vector<std::vector<float>> values;
+    for (UnitIndex u = 0; u < layout.units().size(); ++u) {
+      ASSERT_TRUE(client.Gather(u).ok());
+      values.push_back(client.Values(u));
+      client.Release(u);
+    }
+    ASSERT_TRUE(Backward(layout, rank, client, workload).ok());
+    const uint64_t step = client.step();
+    for (UnitIndex u = 0; u < layout.units().size(); ++u) {
+      bool scattered = false;  // in Backward
+      for (uint32_t p : layout.units()[u].parameters) {
+        scattered |= layout.parameters()[p].trainable && Touches(workload, step, rank, p);
+      }
+      EXPECT_TRUE(scattered || client.Scatter(u, true).ok());
+    }
+    EXPECT_TRUE(client.Barrier().ok());
+    for (uint32_t i = 0; i < layout.parameters().size(); ++i) {
+      const core::Parameter& p = layout.parameters()[i];
+      if (!p.trainable) continue;
+      std::vector<float> expected(p.elements);
+      for (uint32_t r = 0; r < cluster.world(); ++r) {
+        if (!Touches(workload, step, r, i)) continue;
+        const std::vector<float> one = Gradient(layout, i, values[p.unit], step, r, 0);
+        for (size_t e = 0; e < one.size(); ++e) expected[e] += one[e];
+      }
+      const auto read = client.Read(p.unit, p.offset, p.elements, shm::StateKind::kGradient);
+      ASSERT_TRUE(read.ok()) << read.status();
+      EXPECT_EQ(*read, expected) << "rank " << rank << " parameter " << i;
+    }
+    EXPECT_TRUE(client.Barrier().ok());
+    ASSERT_TRUE(client.Step({workload.hyper, ""}).ok());
+    EXPECT_TRUE(ReadState(layout, client) == StateOf(layout, reference));
+    // Used up.
+    const core::Parameter& p = layout.parameters()[0];
+    EXPECT_THAT(*client.Read(p.unit, p.offset, 2, shm::StateKind::kGradient),
+                ::testing::ElementsAre(0.0f, 0.0f));
+    const UnitIndex frozen = PartlyTrained(layout);  // behind the trained ones
+    const uint64_t last = layout.units()[frozen].trainable_elements - 1;
+    EXPECT_TRUE(absl::IsInvalidArgument(
+        client.Read(frozen, last, 2, shm::StateKind::kGradient).status()));
+    EXPECT_TRUE(client.Barrier().ok());
+  });
+}
+
+INSTANTIATE_TEST_SUITE_P(Grids, GradientRead,
+                         ::testing::Values(GradientCase{"Stage0", {0, 1, 2}, false},
+                                           GradientCase{"Stage3", {3, 1, 2}, false},
+                                           GradientCase{"Stage3NodeSum", {3, 1, 2}, true},
+                                           GradientCase{"TwoMembersStage0", {0, 2, 1}, false},
+                                           GradientCase{"TwoMembersStage1", {1, 2, 1}, false},
+                                           GradientCase{"TwoMembersStage3", {3, 2, 1}, false},
+                                           GradientCase{"TwoMembersNodeSum", {3, 2, 1}, true}),
+                         [](const auto& c) { return c.param.name; });
 
 }  // namespace
 }  // namespace zerod::engine::testing

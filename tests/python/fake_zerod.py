@@ -272,6 +272,9 @@ class Client:
         self._gradient[view.start : view.start + view.elements] += values
         self._touched.add(index)
 
+    def hand_over(self, unit):
+        self.scatter(unit, True)
+
     def scattered(self, unit):
         return unit in self._scattered
 
@@ -345,7 +348,8 @@ class Client:
         self._steps = list(steps)
 
     def read(self, unit, begin, data_ptr, count, kind="master"):
-        source = {"master": self._master, "exp_avg": self._m, "exp_avg_sq": self._v}[kind]
+        source = {"master": self._master, "exp_avg": self._m, "exp_avg_sq": self._v,
+                  "gradient": self._gradient}[kind]
         start = self._spans[unit][0] + begin
         _at(data_ptr, count, torch.float32)[:] = source[start : start + count]
 

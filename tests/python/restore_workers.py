@@ -36,7 +36,9 @@ def start_small(config: dict, seed: int = 5):
 
     torch.manual_seed(seed)
     model = workers.small_model()
-    engine, *_ = zerod.initialize(model=model, model_parameters=workers.groups_of(model), config=config)
+    engine, *_ = zerod.initialize(
+        model=model, model_parameters=workers.groups_of(model), config=config
+    )
     return engine
 
 
@@ -107,4 +109,102 @@ def refused_restores(config: dict) -> dict[str, str]:
     train_steps(engine, 1, 1)
     client.barrier()
     engine.destroy()
+    return errors
+
+
+class Branches(torch.nn.Module):
+    """`own` is used by rank 1 alone, `idle` by nobody; `frozen` is not trained."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.first = torch.nn.Linear(16, 32)
+        self.own = torch.nn.Linear(32, 32)
+        self.idle = torch.nn.Linear(3, 3)
+        self.frozen = torch.nn.Linear(32, 32)
+        self.frozen.requires_grad_(False)
+        self.last = torch.nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.frozen(self.first(x).tanh())
+        if self.rank == 1:
+            x = self.own(x).tanh()
+        return self.last(x)
+
+
+def plain_gradients(micro_steps: int, world: int) -> dict[str, torch.Tensor]:
+    """Of the first step of `Branches`: the mean over all ranks, as plain torch computes it."""
+    torch.manual_seed(5)
+    model = Branches(0)
+    for micro in range(micro_steps):
+        for model.rank in range(world):
+            x, y = workers.small_batch(1, micro, model.rank)
+            ((model(x) - y).square().mean() / (world * micro_steps)).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def fragments(config: dict) -> dict:
+    """One step of two micro-steps, with all that zerod.fragments can do between them."""
+    import zerod
+    from zerod import fragments as f
+
+    rank, world = workers.rank_and_world()
+    torch.manual_seed(5)
+    engine, *_ = zerod.initialize(model=Branches(rank), config=config)
+    names = dict(engine.module.named_parameters())
+    result: dict = {"gradients": [], "scale": engine.client.loss_scale}
+    initial = engine.state_dict(master=True)
+    for name, parameter in names.items():
+        assert torch.equal(f.safe_get_full_fp32_param(parameter), initial[name]), name
+    for micro in range(2):
+        x, y = workers.small_batch(1, micro, rank)
+        loss = (engine(x.to(names["first.weight"].dtype)).float() - y).square().mean()
+        engine.backward(loss)
+        gradients = {name: f.safe_get_full_grad(p) for name, p in names.items()}
+        again = f.safe_get_full_grad(names["first.weight"])
+        assert torch.equal(again, gradients["first.weight"])
+        result["gradients"].append(gradients)
+        if micro == 0:
+            engine.step()
+    # Whose weights are written after the backward pass: the step updates the new ones.
+    value = torch.full_like(initial["idle.weight"], float(rank + 1))
+    f.safe_set_full_fp32_param(names["idle.weight"], value)
+    engine.step()
+    result["idle"] = f.safe_get_full_fp32_param(names["idle.weight"])
+    assert torch.equal(engine.state_dict(master=True)["idle.weight"], result["idle"])
+    result["norm"] = engine.get_global_grad_norm()
+    result["state"] = {
+        key: f.safe_get_full_optimizer_state(names["own.weight"], key)
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+    result["steps"] = dict(zip(names, engine.client.optimizer_steps()))
+    halves = torch.full((32, 32), 0.5)
+    f.safe_set_full_optimizer_state(names["own.weight"], halves * (rank + 1), "exp_avg_sq")
+    assert torch.equal(f.safe_get_full_optimizer_state(names["own.weight"], "exp_avg_sq"), halves)
+    assert torch.equal(f.safe_get_full_optimizer_state(names["own.weight"], "exp_avg"),
+                       result["state"]["exp_avg"])
+    result["errors"] = refused_fragments(names)
+    engine.client.barrier()
+    engine.destroy()
+    assert f.safe_get_full_fp32_param(names["last.bias"]) is None
+    return result
+
+
+def refused_fragments(names: dict[str, torch.nn.Parameter]) -> list[str]:
+    from zerod import fragments as f
+
+    assert f.safe_get_full_optimizer_state(names["frozen.weight"], "exp_avg") is None
+    assert f.safe_get_full_grad(names["frozen.weight"]) is None
+    assert f.safe_get_full_grad(torch.nn.Parameter(torch.zeros(3))) is None
+    errors = []
+    for call in (
+        lambda: f.safe_get_full_optimizer_state(names["own.weight"], "momentum_buffer"),
+        lambda: f.safe_set_full_fp32_param(names["own.weight"], torch.zeros(3)),
+        lambda: f.safe_set_full_fp32_param(torch.zeros(3), torch.zeros(3)),
+        lambda: f.safe_set_full_optimizer_state(names["frozen.bias"], torch.zeros(32), "exp_avg"),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            errors.append(str(error))
     return errors

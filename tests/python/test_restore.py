@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import cluster
+import restore_workers
 
 WORLD = 2
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}}
@@ -43,8 +44,9 @@ def results(nodes):
     for count in (1, 2):
         chosen = [job for job in jobs if job[2] == count]
         runs = [config(dtype, stage, f"whole-{dtype}-{stage}-{n}") for dtype, stage, n in chosen]
-        for rank, values in enumerate(cluster.run("restore_workers:train_and_read", nodes[:count], WORLD,
-                                                  job=f"whole-{count}", runs=runs)):
+        ranks = cluster.run("restore_workers:train_and_read", nodes[:count], WORLD,
+                            job=f"whole-{count}", runs=runs)
+        for rank, values in enumerate(ranks):
             found |= {(*job, rank): value for job, value in zip(chosen, values)}
     return found
 
@@ -78,8 +80,9 @@ def test_another_job_goes_on_with_the_same_bits(dtype, first, second, nodes, res
 @pytest.mark.parametrize("stage, count", [(0, 1), (3, 2)])
 def test_what_cannot_be_restored_is_an_error(stage, count, nodes):
     settings = config("fp16", stage, "refused")
-    for rank, errors in enumerate(cluster.run("restore_workers:refused_restores", nodes[:count], WORLD,
-                                              job=f"refused-{stage}", config=settings)):
+    results = cluster.run("restore_workers:refused_restores", nodes[:count], WORLD,
+                          job=f"refused-{stage}", config=settings)
+    for errors in results:
         assert "the ranks 0 and 1 restore different" in errors["different"]
         assert "calls restore where rank" in errors["barrier"]
         assert "the job has 8" in errors["length"]
@@ -87,3 +90,41 @@ def test_what_cannot_be_restored_is_an_error(stage, count, nodes):
         assert "above 0" in errors["scale"]
         assert "the kind of state is" in errors["kind"]
         assert "elements" in errors["range"]
+
+
+TOLERANCE = {"fp32": {"rtol": 1e-5, "atol": 1e-7}, "bf16": {"rtol": 5e-2, "atol": 2e-3},
+             "fp16": {"rtol": 2e-2, "atol": 5e-4}}
+
+
+@pytest.mark.parametrize("dtype, stage, count, plan", [
+    ("fp32", 0, 1, "per_rank"), ("fp32", 3, 2, "per_rank"), ("fp32", 1, 2, "node_sum"),
+    ("fp32", 3, 1, "node_sum"), ("bf16", 3, 1, "per_rank"), ("fp16", 3, 2, "per_rank"),
+])
+def test_fragments(dtype, stage, count, plan, nodes):
+    name = f"fragments-{dtype}-{stage}-{count}"
+    settings = config(dtype, stage, name, gradient_accumulation_steps=2, gradient_clipping=0.0)
+    settings["zerod"]["gradient_plan"] = plan
+    results = cluster.run("restore_workers:fragments", nodes[:count], WORLD, job=name,
+                          config=settings)
+    for result in results:
+        for micro, gradients in enumerate(result["gradients"]):
+            # The first of two micro-steps has half of its mean.
+            share = 0.5 if micro == 0 else 1.0
+            expected = restore_workers.plain_gradients(micro + 1, WORLD)
+            assert {n for n, g in gradients.items() if g is not None} == set(expected)
+            for key, gradient in expected.items():
+                assert gradients[key].dtype == torch.float32
+                torch.testing.assert_close(gradients[key], share * gradient, **TOLERANCE[dtype])
+                assert torch.equal(gradients[key], results[0]["gradients"][micro][key])
+        last = result["gradients"][1]
+        norm = torch.stack([g.double().square().sum() for g in last.values() if g is not None])
+        assert result["norm"] == pytest.approx(norm.sum().sqrt().item(), rel=1e-6)
+        torch.testing.assert_close(result["state"]["exp_avg"], 0.1 * last["own.weight"],
+                                   rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(result["state"]["exp_avg_sq"], 0.001 * last["own.weight"] ** 2,
+                                   rtol=1e-4, atol=1e-12)
+        assert torch.equal(result["idle"], torch.ones(3, 3))
+        assert result["steps"]["own.weight"] == 1 and result["steps"]["idle.weight"] == 0
+        assert [word in error for word, error in zip(
+            ("exp_avg, exp_avg_sq", "shape", "no parameter", "not trained"), result["errors"],
+            strict=True)] == [True] * 4

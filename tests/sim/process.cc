@@ -340,15 +340,7 @@ void Process::Perform(const Op& op) {
       in_collective_ = true;
       return world_->Arrive(generation_, collectives_++, shared_from_this());
     case OpKind::kPut: return Put(op.unit, op.state);
-    case OpKind::kRead: {
-      waiting_ = true;
-      const uint64_t elements = s_.layout().units()[op.unit].elements;
-      Post({OpKind::kRead, op.unit, 0, op.state},
-           [slot = slot_, op, elements](core::Job& job, uint64_t cookie) {
-             job.OnRead(slot, cookie, op.unit, 0, elements, op.state);
-           });
-      return;
-    }
+    case OpKind::kRead: return Read(op);
     case OpKind::kReadProgress:
       waiting_ = true;
       Post({OpKind::kReadProgress},
@@ -430,6 +422,15 @@ void Process::Put(UnitIndex u, core::StateKind state) {
   Post({OpKind::kPut, u, 0, state},
        [slot = slot_, u, elements, state](core::Job& job, uint64_t cookie) {
          job.OnPut(slot, cookie, u, 0, elements, state);
+       });
+}
+
+void Process::Read(const Op& op) {
+  waiting_ = true;
+  const uint64_t elements = s_.layout().units()[op.unit].elements;
+  Post({OpKind::kRead, op.unit, 0, op.state},
+       [slot = slot_, op, elements](core::Job& job, uint64_t cookie) {
+         job.OnRead(slot, cookie, op.unit, 0, elements, op.state);
        });
 }
 

@@ -110,6 +110,7 @@ class Process : public std::enable_shared_from_this<Process> {
   void CheckCopy(UnitIndex u) const;
   void StartReading();
   void Put(UnitIndex u, core::StateKind state);
+  void Read(const Op& op);
   void Restore(bool other);
   void CheckRead(const Request& request) const;
   void CheckProgress(const core::OptimizerProgress& progress) const;

@@ -56,8 +56,10 @@ client::StateKind ParseKind(const std::string& name) {
   if (name == "master") return client::StateKind::kMaster;
   if (name == "exp_avg") return client::StateKind::kExpAvg;
   if (name == "exp_avg_sq") return client::StateKind::kExpAvgSq;
+  if (name == "gradient") return client::StateKind::kGradient;
   Raise(absl::InvalidArgumentError("the kind of state is \"" + name +
-                                   "\"; it must be \"master\", \"exp_avg\" or \"exp_avg_sq\""));
+                                   "\"; it must be \"master\", \"exp_avg\", \"exp_avg_sq\" or, to "
+                                   "be read, \"gradient\""));
 }
 
 client::ScalarOp ParseOp(const std::string& name) {
@@ -397,6 +399,39 @@ void DefineProperties(nb::class_<PyClient>& c) {
       .def_prop_ro("closed", &PyClient::closed);
 }
 
+void DefineGradients(nb::class_<PyClient>& c) {
+  c.def("land", &PyClient::Land, "parameter"_a, "data_ptr"_a, "dtype"_a = "float32")
+      .def("scattered",
+           [](const PyClient& p, uint32_t unit) {
+             const auto client = p.Get();
+             return WithoutGil([&] { return client->Scattered(unit); });
+           },
+           "unit"_a)
+      .def("scatter",
+           [](const PyClient& p, uint32_t unit, bool last) {
+             const auto client = p.Get();
+             Check(WithoutGil([&] { return client->Scatter(unit, last); }));
+           },
+           "unit"_a, "last"_a)
+      .def("hand_over",
+           [](const PyClient& p, uint32_t unit) {
+             const auto client = p.Get();
+             Check(WithoutGil([&] { return client->HandOver(unit); }));
+           },
+           "unit"_a)
+      .def("end_micro_step",
+           [](const PyClient& p) {
+             const auto client = p.Get();
+             Check(WithoutGil([&] { return client->EndMicroStep(); }));
+           })
+      .def("reclaim",
+           [](const PyClient& p, uint32_t unit) {
+             const auto client = p.Get();
+             Check(WithoutGil([&] { return client->Reclaim(unit); }));
+           },
+           "unit"_a);
+}
+
 }  // namespace
 
 bool PendingSignal() {
@@ -410,6 +445,7 @@ void DefineClient(nb::module_& m) {
   DefineValues(m);
   nb::class_<PyClient> c(m, "Client");
   DefineProperties(c);
+  DefineGradients(c);
   c.def_static("attach", &Attach, nb::kw_only(), "modules"_a, "parameters"_a,
                "groups"_a = std::vector<std::string>(), "config"_a = "{}", "dtype"_a = "float32",
                "address"_a = "", "embedded"_a = true, "job"_a = "", "attempt"_a = 0,
@@ -422,30 +458,6 @@ void DefineClient(nb::module_& m) {
       .def("release", [](const PyClient& p, uint32_t unit) { p.Get()->Release(unit); }, "unit"_a)
       .def("release_all", [](const PyClient& p) { p.Get()->ReleaseAll(); })
       .def("held", [](const PyClient& p, uint32_t unit) { return p.Get()->Held(unit); }, "unit"_a)
-      .def("land", &PyClient::Land, "parameter"_a, "data_ptr"_a, "dtype"_a = "float32")
-      .def("scattered",
-           [](const PyClient& p, uint32_t unit) {
-             const auto client = p.Get();
-             return WithoutGil([&] { return client->Scattered(unit); });
-           },
-           "unit"_a)
-      .def("scatter",
-           [](const PyClient& p, uint32_t unit, bool last) {
-             const auto client = p.Get();
-             Check(WithoutGil([&] { return client->Scatter(unit, last); }));
-           },
-           "unit"_a, "last"_a)
-      .def("end_micro_step",
-           [](const PyClient& p) {
-             const auto client = p.Get();
-             Check(WithoutGil([&] { return client->EndMicroStep(); }));
-           })
-      .def("reclaim",
-           [](const PyClient& p, uint32_t unit) {
-             const auto client = p.Get();
-             Check(WithoutGil([&] { return client->Reclaim(unit); }));
-           },
-           "unit"_a)
       .def("step", &PyClient::Step, "groups"_a, nb::kw_only(), "max_norm"_a = 0.0,
            "loss_scale"_a = 1.0, "want_norm"_a = false, "blob"_a = nb::bytes("", 0))
       .def("put", &PyClient::Put, "unit"_a, "begin"_a, "data_ptr"_a, "count"_a,

@@ -37,6 +37,13 @@ if TYPE_CHECKING:
         ZerodError,
     )
     from zerod.external import register_external_parameter, unregister_external_parameter
+    from zerod.fragments import (
+        safe_get_full_fp32_param,
+        safe_get_full_grad,
+        safe_get_full_optimizer_state,
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+    )
     from zerod.gathered import GatheredParameters
     from zerod.initialization import initialize
     from zerod.leaf import (
@@ -74,6 +81,13 @@ _HOMES = {
         "ZerodError",
     ),
     "external": ("register_external_parameter", "unregister_external_parameter"),
+    "fragments": (
+        "safe_get_full_fp32_param",
+        "safe_get_full_grad",
+        "safe_get_full_optimizer_state",
+        "safe_set_full_fp32_param",
+        "safe_set_full_optimizer_state",
+    ),
     "gathered": ("GatheredParameters",),
     "initialization": ("initialize",),
     "leaf": (

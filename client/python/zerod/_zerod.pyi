@@ -279,6 +279,9 @@ class Client:
         memory). FailedPrecondition after the unit's last scatter: reclaim() first."""
     def scattered(self, unit: int) -> bool: ...
     def scatter(self, unit: int, last: bool) -> None: ...
+    def hand_over(self, unit: int) -> None:
+        """scatter(unit, last=True) even where nothing was landed. Once every rank has called it,
+        and after a barrier, the unit's gradient may be read."""
     def end_micro_step(self) -> None:
         """A backward pass is over: under the gradient plan node_sum no other rank waits for more
         of it, and gradients are added pass by pass."""
@@ -310,9 +313,10 @@ class Client:
         begin: int,
         data_ptr: int,
         count: int,
-        kind: Literal["master", "exp_avg", "exp_avg_sq"] = "master",
+        kind: Literal["master", "exp_avg", "exp_avg_sq", "gradient"] = "master",
     ) -> None:
-        """Fills `count` float32 values at `data_ptr`."""
+        """Fills `count` float32 values at `data_ptr`. "gradient": the sum over all ranks of what
+        was handed over in the step under way, times the loss scale; see hand_over()."""
     def optimizer_steps(self) -> list[int]:
         """Per parameter, in the order given to attach(): the applied steps that the optimizer
         counts (Adam's t). Needs no other rank."""

@@ -93,6 +93,7 @@ class BackwardPass:
         self._open: dict[int, None] = {}  # units landed in this step, not yet scattered for good
         self._landed_in_step = False
         self._scattered = bytearray(len(client.units))
+        self._touched = bytearray(len(parameters))  # landed in this step
         self._tasks: list[int] = []
         self._explicit = False
         self.needs_scale = False  # gradients must come from a loss that was scaled
@@ -218,6 +219,7 @@ class BackwardPass:
         unit = self._unit_of[index]
         self._landed[unit] = None
         self._open[unit] = None
+        self._touched[index] = 1
         self._landed_in_step = True
 
     def _scatter(self, unit: int, last: bool) -> None:
@@ -243,6 +245,41 @@ class BackwardPass:
         for unit in list(self._open):
             self._scatter(unit, last=True)
 
+    def reduce(self, index: int) -> bool:
+        """All ranks' gradients of the parameter, of this step so far, are summed, so that the sum
+        may be read on any; what follows in this step waits for step() in `.grad`. False: no rank
+        has one. Collective, between passes; ends behind a barrier."""
+        unit = self._unit_of[index]
+        given = [
+            self.parameters[i] for i in self._members[unit]
+            if self.parameters[i].parameter.grad is not None
+        ]
+        late = bool(given) and bool(self._scattered[unit])
+        touched = bool(self._touched[index]) or any(p.index == index for p in given)
+        if not late:
+            self._land_all(given)
+        self._hand_over(unit)
+        some_late, some_touched = self.client.all_reduce([float(late), float(touched)], "max")
+        if some_late:
+            # Another round, of all ranks.
+            self.client.reclaim(unit)
+            self._scattered[unit] = 0
+            if late:
+                self._land_all(given)
+            self._hand_over(unit)
+            self.client.barrier()
+        return some_touched != 0
+
+    def _land_all(self, members: list[ManagedParameter]) -> None:
+        for managed in members:
+            self._land(managed.index, managed.parameter)
+
+    def _hand_over(self, unit: int) -> None:
+        self.client.hand_over(unit)
+        self._landed.pop(unit, None)
+        self._open.pop(unit, None)
+        self._scattered[unit] = 1
+
     def check_frozen(self) -> None:
         for managed in self.parameters:
             if managed.frozen and managed.parameter.grad is not None:
@@ -257,6 +294,7 @@ class BackwardPass:
         self._open.clear()
         self._landed_in_step = False
         self._scattered = bytearray(len(self._scattered))
+        self._touched = bytearray(len(self._touched))
 
     @property
     def has_gradients(self) -> bool:

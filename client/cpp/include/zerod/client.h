@@ -119,7 +119,9 @@ struct StepResult {
 };
 enum class ScalarOp { kSum, kMean, kMin, kMax };
 // The master copy, and the first and the second tensor of the optimizer's state.
-enum class StateKind { kMaster, kExpAvg, kExpAvgSq };
+// kGradient, which can be read alone: the sum of all ranks' gradients of the step under way, as far
+// as they were handed over for good and reduced (HandOver).
+enum class StateKind { kMaster, kExpAvg, kExpAvgSq, kGradient };
 
 // Where the loss scale of an fp16 job stands, in the terms of DeepSpeed's DynamicLossScaler.
 struct LossScalerState {
@@ -193,6 +195,10 @@ class ZEROD_EXPORT Client {
   // unit in this step (unless Reclaim is called). per_rank: a scatter that is not last costs
   // nothing.
   virtual absl::Status Scatter(uint32_t unit, bool last) = 0;
+  // Scatter(unit, last) even where nothing was landed, so that no other rank waits for this one
+  // before Step. Once every rank has called it, and after a Barrier, the unit's gradient can be
+  // read on any; what is landed afterwards needs a Reclaim.
+  virtual absl::Status HandOver(uint32_t unit) = 0;
   // A backward pass is over. node_sum: what was landed in it and not scattered is handed over.
   // Gradients are added pass by pass, and no other rank waits any longer for more of this one.
   // per_rank: nothing happens.
