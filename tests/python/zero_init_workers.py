@@ -544,7 +544,6 @@ def wait_for_no_arenas(address: str) -> None:
                 and ".born." in line and not line.endswith(" 0")]
         if not left:
             return
-        time.sleep(0.01)
     raise AssertionError(f"arenas are left: {left}")
 
 
