@@ -6,6 +6,7 @@ import gc
 import io
 import os
 import signal
+import time
 import types
 from pathlib import Path
 
@@ -88,14 +89,14 @@ def born_and_plain(cases: list[tuple[dict, int]]) -> list:
                     config_dict_or_path=settings, pending_bytes_max=pending_bytes_max
                 ):
                     model = Model()
-                assert _arenas() >= 1
+                assert arenas() >= 1
                 assert model.tokens.weight.shape == (96, 64)
             results[-1].append(train(model, settings))
-            assert _arenas() == 0
+            assert arenas() == 0
     return results
 
 
-def _arenas() -> int:
+def arenas() -> int:
     from zerod.nursery import nursery
 
     return len(nursery.arenas)
@@ -348,23 +349,23 @@ def garbage(metrics: str) -> list[float]:
     """What is never given to initialize() is freed with the model, and at the end of the script."""
     import cluster
 
-    def arenas() -> float:
+    def taken() -> float:
         return sum(
             cluster.metric(metrics, "zerod_memory_bytes", kind=kind) for kind in
             ("parameters", "copies", "window")
         )
 
-    seen = [arenas()]
+    seen = [taken()]
     with zerod.zero.Init(pending_bytes_max=0):
         first = nn.Linear(2048, 2048)
         second = nn.Linear(2048, 4096)
-    seen.append(arenas())
+    seen.append(taken())
     with zerod.zero.Init(pending_bytes_max=0):
         third = nn.Linear(2048, 8192, bias=False)  # has no room beside the others
     del first, second
     gc.collect()
 
-    seen.append(_arenas())
+    seen.append(arenas())
     assert float(third.weight.ds_numel) == 2048 * 8192
     return seen
 
@@ -422,7 +423,7 @@ def resumed(steps: int) -> dict:
         engine.step()
         if engine.global_steps == steps:
             os.kill(os.getpid(), signal.SIGKILL)
-    return {"started": started, "state": engine.state_dict(), "arenas": _arenas()}
+    return {"started": started, "state": engine.state_dict(), "arenas": arenas()}
 
 
 class Reader(nn.Module):
@@ -492,21 +493,25 @@ def _external(born: bool, register: bool) -> str:
 # --- Memory.
 
 
-def private_bytes() -> int:
-    """What this process alone has in memory."""
+def resident_bytes(name: str) -> int:
+    """RssAnon: what is this process's alone. VmRSS has shared memory and files too; VmHWM is its
+    peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
+        if line.startswith(name):
             return int(line.split()[1]) * 1024
-    raise AssertionError("no RssAnon")
+    raise AssertionError(f"no {name}")
 
 
 class Peak:
-    """The largest private_bytes() of a stretch of work, sampled by a thread every millisecond."""
+    """The largest RssAnon of a stretch of work, sampled by a thread every millisecond; and
+    the kernel's own peak of all that is resident."""
 
     def __enter__(self) -> "Peak":
         import threading
 
-        self.before = self.bytes = private_bytes()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        self._resident = resident_bytes("VmRSS")
+        self.before = self.bytes = resident_bytes("RssAnon")
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample)
         self._thread.start()
@@ -514,16 +519,32 @@ class Peak:
 
     def _sample(self) -> None:
         while not self._done.wait(0.001):
-            self.bytes = max(self.bytes, private_bytes())
+            self.bytes = max(self.bytes, resident_bytes("RssAnon"))
 
     def __exit__(self, *_) -> None:
         self._done.set()
         self._thread.join()
-        self.bytes = max(self.bytes, private_bytes())
+        self.bytes = max(self.bytes, resident_bytes("RssAnon"))
+        self.resident_more = resident_bytes("VmHWM") - self._resident
 
     @property
     def more(self) -> int:
         return self.bytes - self.before
+
+
+def wait_for_no_arenas(address: str) -> None:
+    """The daemon frees a job a little after its last rank has left."""
+    import urllib.request
+
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        left = [line for line in lines if line.startswith("zerod_memory_bytes{")
+                and ".born." in line and not line.endswith(" 0")]
+        if not left:
+            return
+    raise AssertionError(f"arenas are left: {left}")
 
 
 def memory(metrics: list[str], blocks: int, width: int) -> dict:
@@ -550,6 +571,7 @@ def memory(metrics: list[str], blocks: int, width: int) -> dict:
             config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}},
         )
     zerod.barrier()
+    wait_for_no_arenas(address)
     daemon.append(of_daemon())
     zerod.barrier()
     with zerod.GatheredParameters(model[0].weight):
@@ -557,91 +579,5 @@ def memory(metrics: list[str], blocks: int, width: int) -> dict:
     model_bytes = sum(p.numel() * 4 for p in model.parameters())
     engine.destroy()
     return {"building": building.more, "handing": handing.more, "daemon": daemon,
+            "resident": building.resident_more,
             "model": model_bytes, "sum": total}
-
-
-# --- Hugging Face.
-
-
-def stand_in() -> None:
-    """What transformers needs of a package named deepspeed to load a model at stage 3."""
-    import importlib.machinery
-    import importlib.metadata
-    import sys
-
-    import torch.distributed as dist
-
-    def module(name: str, **names) -> types.ModuleType:
-        made = types.ModuleType(name)
-        made.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        made.__dict__.update(names)
-        sys.modules[name] = made
-        return made
-
-    accelerator = types.SimpleNamespace(current_device_name=lambda: "cpu")
-    get_accelerator = lambda: accelerator  # noqa: E731
-    partition = module(
-        "deepspeed.runtime.zero.partition_parameters",
-        zero_wrapper_for_fp_tensor_constructor=None, _orig_torch_arange=torch.arange,
-        get_accelerator=get_accelerator,
-    )
-    zero = module("deepspeed.runtime.zero", partition_parameters=partition)
-    runtime = module("deepspeed.runtime", zero=zero)
-    accelerators = module("deepspeed.accelerator", get_accelerator=get_accelerator)
-    comm = types.SimpleNamespace(get_rank=dist.get_rank, is_initialized=dist.is_initialized)
-    module("deepspeed", zero=zerod.zero, comm=comm, runtime=runtime, accelerator=accelerators,
-           __version__="0.19.8")
-    version, metadata = importlib.metadata.version, importlib.metadata.metadata
-    importlib.metadata.version = lambda n: "0.19.8" if n == "deepspeed" else version(n)
-    importlib.metadata.metadata = lambda n: {} if n == "deepspeed" else metadata(n)
-
-
-def from_pretrained(folder: str, store: str, config: dict, kind: str, state: bool = True) -> dict:
-    """A model of transformers' at stage 3: loaded, loaded and resized, or made from scratch. What
-    loading took of this rank's memory, and where it wanted the files' tensors."""
-    import torch.distributed as dist
-
-    stand_in()
-    rank, world = rank_and_world()
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    import transformers
-    from transformers import modeling_utils
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
-    from transformers.models.llama import modeling_llama  # noqa: F401  not while memory is measured
-
-    read_to = set()
-    load_state_dict = modeling_utils.load_state_dict
-
-    def noted(*args, map_location, **options):
-        read_to.add(map_location)
-        return load_state_dict(*args, map_location=map_location, **options)
-
-    modeling_utils.load_state_dict = noted
-    settings = copy.deepcopy(config) | {"zerod": {"job": kind}}
-    alive = HfDeepSpeedConfig(settings)  # must live until the model is there
-    torch.manual_seed(rank)
-    with Peak() as peak:
-        if kind == "scratch":
-            model = transformers.AutoModelForCausalLM.from_config(
-                transformers.AutoConfig.from_pretrained(folder)
-            )
-        else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    assert all(hasattr(p, "ds_id") for p in model.parameters())
-    names = [name for name, _ in model.named_parameters()]
-    if kind == "resized":
-        model.resize_token_embeddings(model.config.vocab_size + 3)
-    engine, *_ = zerod.initialize(model=model, config=settings)
-    words = torch.arange(12).view(1, -1) + rank
-    loss = engine(input_ids=words, labels=words).loss
-    engine.backward(loss)
-    engine.step()
-    result = {
-        "loss": float(loss.detach()), "names": names, "peak": peak.more, "read_to": read_to,
-        "state": engine.state_dict() if state else {}, "arenas": _arenas(),
-        "model": sum(p.numel() * p.element_size() for p in model.parameters()),
-    }
-    engine.destroy()
-    del alive
-    dist.destroy_process_group()
-    return result

@@ -32,7 +32,8 @@ PENDING_BYTES_MAX = 64 << 20  # of parameters that a rank keeps before they are 
 PIECE_ELEMENTS = 1 << 20  # of a unit of an arena: one PUT or READ
 ALIGN_ELEMENTS = 32
 ARENA_PIECES_MIN = 16
-GROWTH = 4  # an arena is at least this part of all that was born before
+GROWTH = 4  # an arena has at least this part of all that was born before,
+ARENA_PIECES_MAX = 8192  # up to here, beyond which a layout takes long to plan
 LINGER_SECONDS = 30  # what died before `initialize` is born again, not taken up
 _BUCKET_ELEMENTS = 1 << 18
 _MAPPED_BYTES_MIN = 1 << 20
@@ -185,6 +186,11 @@ class Nursery:
     def locate(self, job: str, address: str, attach_timeout_seconds: float) -> None:
         """Before the first birth: which daemons, in the name of which job. Once for a process."""
         if self._place is not None:
+            if address and address != self._place["address"]:
+                raise ValueError(
+                    f"parameters of this process are born at {self._place['address']} already, "
+                    f"not at {address}"
+                )
             return
         launch = Launch.from_environment()
         base = peers.job_id(job, 0, launch)
@@ -263,10 +269,12 @@ class Nursery:
         begin = arena.take(born.shape.numel()) if arena is not None else None
         if arena is None or begin is None:
             if arena is not None:
+                del self._open[born.dtype]
                 arena.closed = True
                 self._leave_if_empty(arena)
-            wanted = max(elements_left, self._born_elements // GROWTH)
-            arena = self._make(max(-(-wanted // PIECE_ELEMENTS), ARENA_PIECES_MIN), born.dtype)
+            pieces = -(-elements_left // PIECE_ELEMENTS)
+            growth = min(self._born_elements // GROWTH // PIECE_ELEMENTS, ARENA_PIECES_MAX)
+            arena = self._make(max(pieces, growth, ARENA_PIECES_MIN), born.dtype)
             self._open[born.dtype] = arena
             begin = arena.take(born.shape.numel())
             assert begin is not None
