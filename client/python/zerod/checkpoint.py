@@ -189,7 +189,8 @@ def _publish(
 
 def _read_part(partial: Path, node: int) -> dict[str, Any]:
     try:
-        return pickle.loads((partial / _part_file(node)).read_bytes())  # type: ignore[no-any-return]
+        part: dict[str, Any] = pickle.loads((partial / _part_file(node)).read_bytes())
+        return part
     except FileNotFoundError:
         raise CheckpointError(
             f"what node {node} wrote is not in {partial.parent}: give a folder that all nodes share"

@@ -100,7 +100,9 @@ class Further:
         """Moves state off the device of the training process. There is none of it there on a CPU
         node: the daemon has it, in host memory. What is asked for is checked all the same."""
         if self.zero_optimization_stage() != 3:
-            raise AssertionError("Moving buffers across devices is supported only for ZeRO stage 3.")
+            raise AssertionError(
+                "Moving buffers across devices is supported only for ZeRO stage 3."
+            )
         if str(getattr(device, "value", device)) not in ("cpu", "none"):
             raise ValueError(f"offload_states: the device {device!r} is not served; it is cpu")
         for name in include or ():

@@ -76,17 +76,7 @@ def initialize(
     dtype = configuration.dtype(resolved)
     built = optimizers.build(model, optimizer, model_parameters, resolved)
     scheduler = _scheduler(lr_scheduler, built, resolved)
-    loader = None
-    if training_data is not None:
-        loader = Loader(
-            training_data,
-            resolved["train_micro_batch_size_per_gpu"],
-            rank=launch.rank,
-            world=launch.world,
-            seed=seed,
-            collate_fn=collate_fn,
-            drop_last=resolved["dataloader_drop_last"],
-        )
+    loader = _loader(training_data, collate_fn, resolved, launch, seed)
     leaf.apply_config(model, resolved["zero_optimization"])
     nursery.prepare()
     description = describe(model, dtype, built)
@@ -112,6 +102,26 @@ def initialize(
         client.close()
         raise
     return engine, built, engine.training_dataloader, engine.lr_scheduler
+
+
+def _loader(
+    training_data: Dataset[Any] | None,
+    collate_fn: Callable[[list[Any]], Any] | None,
+    resolved: dict[str, Any],
+    launch: Launch,
+    seed: int,
+) -> Loader | None:
+    if training_data is None:
+        return None
+    return Loader(
+        training_data,
+        resolved["train_micro_batch_size_per_gpu"],
+        rank=launch.rank,
+        world=launch.world,
+        seed=seed,
+        collate_fn=collate_fn,
+        drop_last=resolved["dataloader_drop_last"],
+    )
 
 
 def _read(

@@ -2,7 +2,8 @@
 """Trains a small model by Accelerate, as a user would; knows nothing of zerod. argv: OPTIONS, JSON.
 
 case       a: optimizer and schedule of the configuration; b: torch's; c: schedule of the
-           configuration; d: optimizer of the configuration with torch's schedule; none: no DeepSpeed
+           configuration; d: optimizer of the configuration with torch's schedule; none: Accelerate
+           without DeepSpeed
 kill_at    the step after which rank 1 kills itself, in the launcher's first attempt
 save, load a folder for save_state, after `save_at` steps, and load_state before training
 """

@@ -43,7 +43,9 @@ def initialize(
     assert model is not None, "deepspeed.initialize requires a model"
     for name, value in (("mpu", mpu), ("mesh_param", mesh_param)):
         if value is not None:
-            raise NotImplementedError(f"{name}: there is no model or sequence parallelism ({ABOUT})")
+            raise NotImplementedError(
+                f"{name}: there is no model or sequence parallelism ({ABOUT})"
+            )
     distributed.init_distributed(
         distributed_port=distributed_port, dist_init_required=dist_init_required
     )

@@ -15,8 +15,8 @@ def names(
     never: Mapping[str, str] | None = None,
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """A module's `__getattr__` and `__dir__`. `exports`: name -> "module:attribute", or "module:"
-    for the module itself; `never`: name -> what it belongs to, which zerod does not do: using it is an
-    error that says so."""
+    for the module itself; `never`: name -> what it belongs to, which zerod does not do: using it
+    is an error that says so."""
     exports, never = exports or {}, never or {}
     short = module.partition(".")[2] or module
 

@@ -10,7 +10,9 @@ _EXPORTS = {
     "unregister_external_parameter": "zerod.zero:unregister_external_parameter",
     "ZeroParamStatus": "zerod.zero:ZeroParamStatus",
     "get_accelerator": "zerod.as_deepspeed.accelerator:get_accelerator",
-    "zero_wrapper_for_fp_tensor_constructor": "zerod.as_deepspeed.constructors:zero_wrapper_for_fp_tensor_constructor",
+    "zero_wrapper_for_fp_tensor_constructor": (
+        "zerod.as_deepspeed.constructors:zero_wrapper_for_fp_tensor_constructor"
+    ),
     "_orig_torch_arange": "torch:arange",
     "_orig_torch_empty": "torch:empty",
     "_orig_torch_zeros": "torch:zeros",
