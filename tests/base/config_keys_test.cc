@@ -240,7 +240,7 @@ const struct {
     {R"("log_level": "loud")", R"(log_level: "loud" is not allowed; it must be "debug" or "info")"},
     {R"("checkpoint": {"use_node_local_storage": true})",
      "true is not served yet: the nodes write into one folder that they share"},
-    {R"("checkpoint": {"writer": {"type": "FAST"}})", R"(writer.type: "FAST" is not served yet)"},
+    {R"("checkpoint": {"writer": {"type": "SLOW"}})", R"(writer.type: "SLOW" is not allowed)"},
     {R"("datastates_ckpt": {"host_cache_size": 1})", "datastates_ckpt: is not served yet"},
     {R"("comet": {"enabled": true})", "comet: is not served yet: csv_monitor, tensorboard and"},
     {R"("flops_profiler": {"enabled": true})", "flops_profiler: is not served yet"},
