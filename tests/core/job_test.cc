@@ -448,7 +448,7 @@ TEST_F(ByTensorTest, NothingStandsInTheLogBetweenCommitAndNorms) {
   Sent();
   From1({StateRequest{false, 0, 0, 0, 1, StateKind::kMaster}, Want{1, 1, true, false}});
   From1({ClientGone{1, false, "killed"}});
-  From1({ScalarReady{1, {1}, {{}}}});
+  From1({ScalarReady{1, {1}, {{}}, {}}});
   EXPECT_TRUE(Sent().empty());
   job_->OnMeasured(0, 1, Squares(0, 2));
   From1Measured();
@@ -460,6 +460,30 @@ TEST_F(ByTensorTest, NothingStandsInTheLogBetweenCommitAndNorms) {
   EXPECT_EQ(kinds.back(), EntryKind::kGeneration);  // what came after the death is stale
   EXPECT_EQ(job_->committed(), 1u);
   EXPECT_EQ(job_->state(), JobState::kRunning);  // until the READ is done
+}
+
+TEST_F(ByTensorTest, ARestoreComesBehindTheNorms) {
+  Commit();
+  Sent();
+  const OptimizerProgress progress{{7, 8, 9}, {}};
+  job_->OnRestore(0, 12, progress);
+  EXPECT_TRUE(absl::IsFailedPrecondition(Answer(12)));  // the step is under way here
+  ScalarValues restore;
+  restore.restore = progress.Hash();
+  From1({ScalarReady{1, {1}, {restore}, {}}});
+  job_->OnMeasured(0, 1, Squares(0, 2));
+  From1Measured();
+  const std::vector<StartApply> applies = Take<StartApply>();
+  ASSERT_EQ(applies.size(), 1u);
+  EXPECT_EQ(applies[0].plan->parameter_steps, (std::vector<uint64_t>{1, 0, 1}));
+  job_->OnApplyDone(0, 1);
+  ASSERT_TRUE(Answer(11).ok());
+  job_->OnRestore(0, 13, progress);
+  EXPECT_TRUE(Answer(13).ok());
+  EXPECT_TRUE(job_->progress() == progress);
+  std::vector<EntryKind> kinds;
+  for (const Entry& e : Sent()) kinds.push_back(e.kind);
+  EXPECT_EQ(kinds, (std::vector<EntryKind>{EntryKind::kTensorNorms, EntryKind::kRestore}));
 }
 
 TEST_F(ByTensorTest, SquaresThatMakeNoSenseEndTheJobAndNotTheProcess) {

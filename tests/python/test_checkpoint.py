@@ -54,10 +54,14 @@ def loaded(tmp_path, nodes=1, world=2, stage=2, dtype="fp32", steps_first=0, mor
                            steps_first=steps_first, **options)
 
 
-@pytest.mark.parametrize("stage, dtype", [(0, "fp32"), (2, "bf16"), (3, "fp16")])
-def test_goes_on_bit_for_bit(stage, dtype, tmp_path):
-    first = saved(tmp_path, stage, dtype)
-    second = loaded(tmp_path, stage=stage, dtype=dtype, steps_first=2)
+@pytest.mark.parametrize("stage, dtype, optimizer", [
+    (0, "fp32", "AdamW"), (2, "bf16", "AdamW"), (3, "fp16", "AdamW"),
+    (3, "fp32", "Lamb"), (2, "fp32", "Muon"),  # Muon's matrices and what it leaves to Adam
+])
+def test_goes_on_bit_for_bit(stage, dtype, optimizer, tmp_path):
+    section = {"type": optimizer, "params": {"lr": 1e-2, "weight_decay": 0.1}}
+    first = saved(tmp_path, stage, dtype, optimizer=section)
+    second = loaded(tmp_path, stage=stage, dtype=dtype, steps_first=2, more={"optimizer": section})
     for before, after in zip(first, second):
         assert equal(after["loaded"], before["saved"])
         assert after["losses"] == before["losses"]
