@@ -8,13 +8,10 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE), str(ROOT / "client" / "python"), str(ROOT / "examples")]
 
+import fake_zerod  # noqa: E402
 
-@pytest.fixture(scope="session")
-def _fake_module():
-    import fake_zerod
-
-    fake_zerod.install()
-    return fake_zerod
+# Before any test file is collected: one that imports the package would bring the real extension.
+fake_zerod.install()
 
 
 @pytest.fixture
@@ -27,12 +24,12 @@ def no_job(fake, monkeypatch):
 
 
 @pytest.fixture
-def fake(_fake_module, monkeypatch):
+def fake(monkeypatch):
     """The extension's double. Tests against a daemon run their ranks in processes of their own."""
     for name in ("RANK", "WORLD_SIZE", "ZEROD_JOB", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    _fake_module.Client.jobs.clear()
-    yield _fake_module
+    fake_zerod.Client.jobs.clear()
+    yield fake_zerod
     from zerod import at_exit
 
     at_exit._engines.clear()
