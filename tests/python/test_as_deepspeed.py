@@ -29,9 +29,15 @@ def command(*arguments: str, nodes=None, shim: bool = True, **variables: str) ->
     if nodes:
         environment |= {"ZEROD_ADDRESS": nodes[0].address,
                         "ZEROD_JOB": f"script-{secrets.token_hex(4)}"}
-    done = subprocess.run([*front, *arguments], env=environment, capture_output=True, text=True,
-                          timeout=SECONDS_MAX)
-    return done.returncode, done.stdout + done.stderr
+    started = subprocess.Popen([*front, *arguments], env=environment, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        output, errors = started.communicate(timeout=SECONDS_MAX)
+    except subprocess.TimeoutExpired:
+        started.terminate()  # a launcher ends its ranks, where SIGKILL would leave them
+        output, errors = started.communicate(timeout=60)
+        pytest.fail(f"no end of {arguments} in {SECONDS_MAX} s:\n{output[-3000:]}{errors[-5000:]}")
+    return started.returncode, output + errors
 
 
 def result(code_and_text: tuple[int, str]) -> dict:

@@ -46,7 +46,7 @@ def job_id(configured: str, serial: int, launch: Launch) -> str:
         global _own_name
         if not _own_name:
             _own_name = f"job-{secrets.token_hex(8)}"
-            if launch.world > 1 or _has_agent_store():
+            if launch.world > 1 or has_agent_store():
                 # Not the launcher's address: the next launch has the same, and is another job.
                 store = find_store(launch)
                 _own_name = store.compare_set("zerod/name", "", _own_name).decode()
@@ -97,7 +97,7 @@ def find_store(launch: Launch) -> Any:
     host = os.environ.get("MASTER_ADDR")
     port = os.environ.get("MASTER_PORT")
     timeout = timedelta(seconds=STORE_SECONDS_MAX)
-    if _has_agent_store() and host and port:
+    if has_agent_store() and host and port:
         return dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
     if dist.is_available() and dist.is_initialized():
         return dist.distributed_c10d._get_default_store()
@@ -114,5 +114,6 @@ def find_store(launch: Launch) -> Any:
     return _own_store
 
 
-def _has_agent_store() -> bool:
+def has_agent_store() -> bool:
+    """Whether torchrun's agents keep a store that outlives the ranks."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from zerod.as_deepspeed.rendezvous import agree
 from zerod.launch import Launch
+from zerod.peers import find_store, has_agent_store
 
 DEFAULT_PORT = 29500
 _ACCELERATE = "accelerate.state"
@@ -51,9 +53,21 @@ def init_distributed(
         options |= {"rank": launch.rank, "world_size": launch.world, "store": dist.HashStore()}
     elif "MASTER_PORT" not in os.environ and init_method is None:
         os.environ["MASTER_PORT"] = str(distributed_port)
+    if init_method is None and has_agent_store():
+        options = _group_of_this_attempt(options)
     dist.init_process_group(backend, **options)
     if dist_backend is None:
         _tell_accelerate(backend)
+
+
+def _group_of_this_attempt(options: dict[str, Any]) -> dict[str, Any]:
+    launch = Launch.from_environment()
+    rank, world = options.get("rank", launch.rank), options.get("world_size", launch.world)
+    timeout = options.get("timeout", dist.distributed_c10d.default_pg_timeout)
+    store = dist.PrefixStore("zerod/group", find_store(launch))
+    name = agree(store, rank, world, timeout)
+    own = dist.PrefixStore(name, store)
+    return options | {"rank": rank, "world_size": world, "store": own}
 
 
 def _tell_accelerate(backend: str) -> None:
