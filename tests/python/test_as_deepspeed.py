@@ -268,3 +268,23 @@ def test_lora_under_stage_3(nodes, tmp_path):
                           nodes=nodes))
     assert len(got["losses"]) == 8
     assert (tmp_path / "final/adapter_model.safetensors").exists()
+
+
+# --- Experts and generation.
+
+
+def test_ranks_with_experts_of_their_own(nodes):
+    """Their layer a leaf or not, nobody waits for an expert that another rank does not use."""
+    expected = result(torchrun("moe_script.py", {"stage": -1}, shim=False,
+                               ACCELERATE_USE_CPU="true"))
+    for leaf, units in ((True, 4), (False, 10)):
+        got = result(torchrun("moe_script.py", {"leaf": leaf}, nodes=nodes,
+                              ACCELERATE_USE_DEEPSPEED="true"))
+        assert got["units"] == units
+        assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert got["sums"] == pytest.approx(expected["sums"], rel=1e-5)
+
+
+def test_generation_with_ranks_that_end_at_different_times(nodes):
+    got = result(torchrun("generate_script.py", {}, nodes=nodes))
+    assert got["losses"][-1] < got["losses"][0]

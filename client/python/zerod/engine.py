@@ -19,6 +19,7 @@ from zerod.launch import Launch
 from zerod.loader import Loader
 from zerod.model import ModelDescription, tensors_in
 from zerod.optimizer import Optimizer
+from zerod.parameter_offload import ParameterOffload
 from zerod.precision import Precision
 from zerod.progress import Progress, momenta, watched
 from zerod.replay import Replay
@@ -92,6 +93,8 @@ class Engine(Settings, Saving, Further, nn.Module):
         self.gathering = Gathering(self.module, self.description, self.client, self.backward_pass)
         if zero["log_trace_cache_warnings"]:
             self.gathering.trace = Trace([unit.name for unit in self.client.units])
+        if self.optimizer is not None and self.zero_optimization_stage() == 3:
+            self.optimizer.parameter_offload = ParameterOffload(self.module, self.gathering)
         self.versions = Versions(self.description.parameters)
         self._state_dict_hooks = StateDictHooks(self.weights, self.module)
         limit = self.config["zerod"]["client_state_bytes_max"]

@@ -124,7 +124,7 @@ class Gathering:
         self._starts: list[int] = []
         self._start_units: list[int] = []
         self._hooked: list[tuple[int, nn.Module]] = []
-        self._handles: list[Any] = []
+        self.handles: list[Any] = []  # of the hooks that are on the model's modules
         self._watched: list[nn.Module] = []
         self._compiler_seen = False
         if self.demand_units:
@@ -182,7 +182,7 @@ class Gathering:
             yield
             return
         if not self._compiler_seen and "torch._dynamo" in sys.modules:
-            self._register()
+            self.register()
         outermost = self.active == 0 and _task_id() == -1
         self.active += 1
         try:
@@ -223,18 +223,18 @@ class Gathering:
                     if home and path != home and not path.startswith(f"{home}."):
                         add(unit, callable_module(model, path))
         self._hooked = list(modules.values())
-        self._register()
+        self.register()
 
-    def _register(self) -> None:
+    def register(self) -> None:
         """Hooks for eager mode; once a compiler is loaded, hooks that it leaves alone. (Loading it
         takes longer than all the rest of initialize().)"""
         self._compiler_seen = "torch._dynamo" in sys.modules
         shield = torch._dynamo.disable if self._compiler_seen else lambda function: function
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
-        self._handles = []
+        self.handles = []
         for unit, module in self._hooked:
-            self._handles += [
+            self.handles += [
                 module.register_forward_pre_hook(
                     shield(self._pre_forward(unit)), prepend=True, with_kwargs=True
                 ),
@@ -280,9 +280,9 @@ class Gathering:
 
     def remove(self) -> None:
         """The model is as it was before: nothing is gathered for it any more."""
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
-        self._handles = []
+        self.handles = []
         for module in self._watched:
             module.__dict__["_parameters"] = dict(module._parameters)
         self._watched = []

@@ -10,6 +10,7 @@ import torch
 
 from zerod import _zerod
 from zerod.errors import ModelError
+from zerod.parameter_offload import ParameterOffload
 
 GROUPS_MAX = 64  # kGroupsMax of proto/shm/format.h
 Builder = Callable[[Iterable[Any]], torch.optim.Optimizer]
@@ -26,6 +27,7 @@ class Optimizer(torch.optim.Optimizer):
 
     loss_scale: float = 1.0
     overflow: bool = False
+    parameter_offload: ParameterOffload  # at stage 3 only, as in DeepSpeed
     _given: torch.optim.Optimizer | None = None  # see adopt()
     KIND: ClassVar[str]  # as Client.attach takes it
     KEYS: ClassVar[tuple[str, ...]]  # numbers that a group and _zerod.Group have alike

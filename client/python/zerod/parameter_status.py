@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What DeepSpeed's users read of a parameter: ds_id, ds_shape, ds_numel, ds_persist, ds_status.
+"""What DeepSpeed's users read of a parameter: ds_id, ds_shape, ds_numel, ds_persist, ds_status,
+ds_active_sub_modules.
 
 There is no `ds_tensor`: it would be this rank's part of the parameter, and no rank has one.
 """
@@ -14,7 +15,7 @@ from torch import nn
 # for one; its `access` serves GatheredParameters. Entries go when the owner lets go.
 owners: dict[int, tuple[Any, int]] = {}
 
-_NAMES = ("ds_id", "ds_shape", "ds_numel", "ds_persist")
+_NAMES = ("ds_id", "ds_shape", "ds_numel", "ds_persist", "ds_active_sub_modules")
 _next_id = 0
 
 
@@ -53,6 +54,8 @@ def own(parameter: nn.Parameter, owner: Any, index: int, persist: bool = False) 
     parameter.ds_shape = torch.Size(parameter.shape)  # type: ignore[attr-defined]
     parameter.ds_numel = parameter.numel()  # type: ignore[attr-defined]
     parameter.ds_persist = persist  # type: ignore[attr-defined]
+    # Modules in whose forward it is held: none where scripts look, between forwards. They clear it.
+    parameter.ds_active_sub_modules = set()  # type: ignore[attr-defined]
 
 
 def disown(parameter: nn.Parameter) -> None:
