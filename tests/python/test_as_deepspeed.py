@@ -247,6 +247,28 @@ def test_killed_and_started_again_without_a_checkpoint(nodes):
     assert got["rates"] == expected["rates"]
 
 
+def test_a_script_that_writes_is_started_again(nodes, tmp_path):
+    """What it writes before the job's step reaches neither the job nor what it saved before; and
+    where it deletes checkpoints, one is always there."""
+    def run(name, *flags, **options):
+        options["folder"] = str(tmp_path / name)
+        return torchrun("writing_script.py", options, *flags, nodes=nodes)
+
+    expected = result(run("whole"))
+    pretrained = str(tmp_path / "whole")
+    whole = result(run("more", pretrained=pretrained))
+    code, text = run("killed", "--max-restarts", "1", pretrained=pretrained, kill_at=7)
+    got = result((code, text))
+    assert "GatheredParameters before step 7, where the job stands, changes nothing" in text
+    assert got["sums"] == whole["sums"] != expected["sums"]
+    assert got["older"] == whole["older"]
+    assert got["norms"][0] == "nan torch.Size([8, 4])" and got["norms"][7] == whole["norms"][7]
+    present = [line for line in text.splitlines() if line.startswith("CHECKPOINTS False")]
+    assert len(present) == 4 and not any(line.endswith("[]") for line in present), present
+    manifest = json.loads((tmp_path / "killed/at6/manifest.json").read_text())
+    assert manifest["global_steps"] in (6, 7)
+
+
 # --- The Trainer of Transformers.
 
 

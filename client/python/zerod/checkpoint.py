@@ -64,9 +64,14 @@ def _replayed(engine: "Engine", target: Path) -> bool:
     """A script that begins again saves what it has saved before: that one stays."""
     if not engine.replaying:
         return False
+    # One rank looks: a folder may appear between two looks.
+    there = engine.global_rank == 0 and (target / folders.MANIFEST).is_file()
     if engine.global_rank == 0:
-        log.warning("%s: not written anew while the script comes to where the job stands", target)
-    return True
+        log.warning(
+            "%s: not written anew while the script comes to where the job stands" if there else
+            "%s: gets the job's state, which is ahead of the script's step", target,
+        )
+    return bool(collectives.all_reduce(float(there), "max", engine))
 
 
 def _agree_on_nonce(engine: "Engine") -> str:
@@ -110,7 +115,7 @@ def _write_part(
         raise CheckpointError(
             f"{partial.parent} is not the same folder on all nodes: give one that they share"
         )
-    state = {"engine": engine.rank_state(), "client_state": client_state}
+    state = engine.rank_state() | {"client_state": client_state}
     folders.write_file(partial / _rank_file(engine.global_rank), pickle.dumps(state, protocol=5))
     if engine.local_rank != 0:
         return
@@ -163,9 +168,10 @@ def _publish(
     if engine.global_rank != 0:
         return
     parts = [_read_part(partial, node) for node in range(engine.nodes)]
+    steps, skipped = engine.job_steps
     manifest = Manifest(
-        global_steps=engine.global_steps,
-        skipped_steps=engine.skipped_steps,
+        global_steps=steps,
+        skipped_steps=skipped,
         world=engine.world_size,
         stage=engine.zero_optimization_stage(),
         dtype=str(engine.description.parameters[0].dtype).removeprefix("torch."),
@@ -256,9 +262,12 @@ def load(
     anything is changed where it does not fit the model; every rank raises then."""
     manifest, state = _read_on_all(engine, folder)
     same_world = manifest.world == engine.world_size
-    if engine.replaying and not module_only and manifest.global_steps <= engine.replay_until:
+    if engine.replaying and (module_only or manifest.global_steps <= engine.replay_until):
         # It led to where the job stands now, or the script would not come to the same step.
-        engine.replay_from(state["engine"], same_world, lr_scheduler_states)
+        if module_only:
+            engine.passes_over("load_checkpoint(load_module_only=True)")
+        else:
+            engine.replay_from(state, same_world, lr_scheduler_states, groups=optimizer_states)
         return state["client_state"]
     engine.stop_replay()
     found = _match(engine, manifest)
@@ -279,7 +288,7 @@ def load(
     _load_buffers(engine, folder, manifest)
     engine.end_write()
     if not module_only:
-        engine.restore_rank_state(state["engine"], same_world, lr_scheduler_states, groups=trained)
+        engine.restore_rank_state(state, same_world, lr_scheduler_states, groups=trained)
     return state["client_state"]
 
 

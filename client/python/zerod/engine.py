@@ -22,7 +22,7 @@ from zerod.optimizer import Optimizer
 from zerod.parameter_offload import ParameterOffload
 from zerod.precision import Precision
 from zerod.progress import Progress, momenta, watched
-from zerod.replay import Replay
+from zerod.replay import Replay, Replaying
 from zerod.saving import Saving
 from zerod.settings import Settings
 from zerod.versions import Versions
@@ -45,7 +45,7 @@ class EngineParts:
     replays: bool = False  # a resumed job lets the script run up to where it stands
 
 
-class Engine(Settings, Saving, Further, nn.Module):
+class Engine(Settings, Saving, Further, Replaying, nn.Module):
     """Wraps a model whose parameters live in the daemon.
 
         loss = engine(batch)
@@ -303,7 +303,7 @@ class Engine(Settings, Saving, Further, nn.Module):
         if refused:
             raise RuntimeError("another rank's state_dict does not fit the model")
         self.begin_write()
-        if self.global_rank == 0:
+        if self.global_rank == 0 and not self.passes_over("load_state_dict()"):
             self._put_state(state_dict)
         with torch.no_grad():
             for name, buffer in model_buffers(self.module, persistent_only=True).items():
@@ -336,15 +336,18 @@ class Engine(Settings, Saving, Further, nn.Module):
         self.client.barrier()
         self.versions.bump(all_parameters=True)
 
-    def rank_state(self) -> bytes:
+    def rank_state(self) -> dict[str, Any]:
         """What this rank has beside the daemons' state, between steps: for a checkpoint."""
-        return self._state.capture(self._state_parts())
+        if self.replaying:  # the script is not where the job stands
+            return {"engine": self.client.client_state(), "skipped": self.client.resumed_skipped}
+        return {"engine": self._state.capture(self._state_parts())}
 
     def restore_rank_state(
-        self, blob: bytes, same_world: bool, lr_scheduler: bool, groups: bool
+        self, state: dict[str, Any], same_world: bool, lr_scheduler: bool, groups: bool
     ) -> None:
         """What rank_state() gave. Without `same_world` it is of a job with another number of
         ranks: what is each rank's own then stays as it is."""
+        blob = state["engine"]
         if same_world:
             parts = self._state.restore(blob)
         else:
@@ -353,6 +356,8 @@ class Engine(Settings, Saving, Further, nn.Module):
             parts.pop("loader", None)
             parts["gradient_counts"] = None
         self._adopt(parts, lr_scheduler, groups)
+        if "skipped" in state:
+            self._count_step(parts if lr_scheduler else {}, state["skipped"])
 
     def _state_parts(self) -> dict[str, Any]:
         parts: dict[str, Any] = {
@@ -394,11 +399,14 @@ class Engine(Settings, Saving, Further, nn.Module):
             self.lr_scheduler.load_state_dict(parts["lr_scheduler"])
 
     def _resume(self) -> None:
-        """Everything is put back as it was when the committed step was made. Its state went with
-        STEP, before anybody knew whether the step would be skipped; the client knows now."""
+        """Everything is put back as it was when the committed step was made."""
         parts = self._state.restore(self.client.client_state())
         self._adopt(parts)
-        skipped: bool = self.client.resumed_skipped
+        self._count_step(parts, self.client.resumed_skipped)
+
+    def _count_step(self, parts: dict[str, Any], skipped: bool) -> None:
+        """What step() does behind STEP. The state went with STEP, before anybody knew whether the
+        step would be skipped."""
         self.global_steps += 1
         self.skipped_steps += int(skipped)
         self._step_applied = not skipped
@@ -417,52 +425,6 @@ class Engine(Settings, Saving, Further, nn.Module):
         self.access.close()
         for managed in self.description.parameters:
             managed.parameter.data = torch.empty(managed.shape)
-
-    # --- A script that begins again (replay.py).
-
-    @property
-    def replaying(self) -> bool:
-        """The script has not come to the job's step yet: nothing is trained."""
-        return self._replay is not None
-
-    @property
-    def replay_until(self) -> int:
-        """The step, as the script counts, that the job stands at. REQUIRES: replaying."""
-        assert self._replay is not None
-        return self._replay.until
-
-    def replay_from(self, blob: bytes, same_world: bool, lr_scheduler: bool) -> None:
-        """The script has loaded a checkpoint of a step that the job has passed, or stands at."""
-        self.restore_rank_state(blob, same_world, lr_scheduler, groups=True)
-        if self.global_steps >= self.replay_until:
-            self._replay = None
-            self._resume()
-
-    def stop_replay(self) -> None:
-        """The script has put other state into the job: there is nothing to come to."""
-        self._replay = None
-
-    def _plan_replay(self) -> Replay:
-        parts = self._state.peek(self.client.client_state())
-        until = parts["global_steps"] + 1
-        skipped = parts["skipped_at"] + [until] * self.client.resumed_skipped
-        return Replay(until, set(skipped), self.global_rank)
-
-    def _replay_step(self, replay: Replay, lr_kwargs: dict[str, Any]) -> None:
-        self.gathering.reset()
-        self.micro_steps += 1
-        self.global_steps += 1
-        skipped = replay.was_skipped(self.global_steps)
-        self.skipped_steps += int(skipped)
-        self._step_applied = not skipped
-        if replay.ends_with(self.global_steps):
-            self._replay = None
-            self._resume()
-            self._tell_optimizer(overflow=skipped)
-            return
-        self._tell_optimizer(overflow=skipped)
-        if not skipped:
-            self._step_scheduler(lr_kwargs)
 
     def destroy(self) -> None:
         """Leaves the job: its state is freed once all ranks have left. Idempotent."""
@@ -484,8 +446,12 @@ class Engine(Settings, Saving, Further, nn.Module):
     def get_global_grad_norm(self) -> float | None:
         """Of the last step's mean gradient, before clipping; infinite where the step was skipped.
         None where it was not computed: it is with clipping, where steps can be skipped, and while
-        `engine.want_grad_norm` is set (at first: compute_grad_norm)."""
+        `engine.want_grad_norm` is set (at first: compute_grad_norm). NaN where a script that was
+        started again has only been let run up to the job's step (replay.py)."""
         return self._grad_norm
+
+    def computes_grad_norm(self) -> bool:
+        return self.want_grad_norm or self.gradient_clipping() > 0 or self.fp16_enabled()
 
     def was_step_applied(self) -> bool:
         return self._step_applied

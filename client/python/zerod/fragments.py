@@ -48,7 +48,7 @@ def _kind(engine: "Engine", managed: ManagedParameter, key: str) -> str:
 
 def _put(engine: "Engine", managed: ManagedParameter, value: torch.Tensor, kind: str) -> None:
     engine.client.barrier()  # nobody reads the old values any more
-    if engine.global_rank == 0:
+    if engine.global_rank == 0 and not engine.passes_over("safe_set_full_*"):
         engine.weights.put(managed, value, kind)
     engine.client.barrier()
 
@@ -109,7 +109,8 @@ def safe_set_full_optimizer_state(
 def safe_get_full_grad(param: torch.Tensor) -> torch.Tensor | None:
     """The gradient of the step under way in fp32: the mean over all ranks (their sum with
     gradient_allreduce_op "sum"), divided by the loss scale, not clipped. In memory of the caller's
-    own. None where no engine trains `param`, or no rank has a gradient for it.
+    own. None where no engine trains `param`, or no rank has a gradient for it; zeros while a script that
+    was started again comes to where its job stands (replay.py).
 
     Collective, after the last backward() and before step(): every rank calls it for the same
     parameters in the same order. Called between micro-steps it gives their sum so far, and what
@@ -118,6 +119,8 @@ def safe_get_full_grad(param: torch.Tensor) -> torch.Tensor | None:
     if found is None or not found[1].trainable:
         return None
     engine, managed = found
+    if engine.replaying:
+        return torch.zeros(managed.shape)
     if not engine.backward_pass.reduce(managed.index):
         return None
     gradient = engine.weights.read(managed, "gradient")

@@ -171,7 +171,8 @@ class EngineAccess:
             managed.parameter.data = mapped
         self._written.difference_update(begun)
         engine.client.barrier()  # nobody reads the old values any more
-        if keep and engine.global_rank == rank:
+        passed_over = engine.passes_over("what is written within GatheredParameters")
+        if keep and engine.global_rank == rank and not passed_over:
             for index, values in written.items():
                 engine.weights.put(engine.description.parameters[index], values)
         engine.client.barrier()

@@ -88,9 +88,14 @@ class Saving:
         exclude_frozen_parameters: bool = False,
     ) -> bool:
         """Rank 0 writes the model's state_dict, in the type it computes with, by torch.save; or as
-        safetensors where the name ends so. True; an error on every rank where it failed."""
+        safetensors where the name ends so. True; an error on every rank where it failed.
+
+        A file that a script wrote before it was started again stays (replay.py)."""
         problem: Exception | None = None
-        if self.global_rank == 0:
+        kept = self.replaying and (Path(save_dir) / save_filename).exists()
+        if self.global_rank == 0 and kept:
+            log.warning("%s: not written anew", Path(save_dir) / save_filename)
+        elif self.global_rank == 0:
             try:
                 state = self.module_state_dict(exclude_frozen_parameters=exclude_frozen_parameters)
                 _write_state(state, Path(save_dir), save_filename)
