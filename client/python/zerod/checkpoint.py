@@ -272,7 +272,7 @@ def load(
     engine.stop_replay()
     found = _match(engine, manifest)
     trained = optimizer_states and not module_only and engine.optimizer is not None
-    _together(engine, lambda: _check(engine, manifest, found, strict, trained))
+    _together(engine, lambda: _check(engine, folder, manifest, found, strict, trained))
     engine.begin_write()
     if custom_load_fn is not None:
         _load_custom(engine, folder, manifest, custom_load_fn)
@@ -285,7 +285,7 @@ def load(
                 steps[managed.index] = entry.steps
         scaler = manifest.loss_scaler if engine.fp16_enabled() else None
         engine.client.restore(steps, scaler)
-    _load_buffers(engine, folder, manifest)
+    _together(engine, lambda: _load_buffers(engine, folder, manifest))
     engine.end_write()
     if not module_only:
         engine.restore_rank_state(state, same_world, lr_scheduler_states, groups=trained)
@@ -325,6 +325,7 @@ def _match(
 
 def _check(
     engine: "Engine",
+    folder: Path,
     manifest: Manifest,
     found: list[tuple[ManagedParameter, ParameterEntry]],
     strict: bool,
@@ -335,6 +336,7 @@ def _check(
         for managed, entry in found
         if entry.shape != list(managed.shape)
     ]
+    problems += _buffer_problems(engine, folder, manifest, strict)
     if strict:
         matched = {managed.index for managed, entry in found if entry.weight is not None}
         missing = [
@@ -360,6 +362,27 @@ def _check(
             "out, load_module_strict=False allows for other names):\n" + "\n".join(problems[:20])
             + (f"\nand {len(problems) - 20} more" if len(problems) > 20 else "")
         )
+
+
+def _buffer_problems(
+    engine: "Engine", folder: Path, manifest: Manifest, strict: bool
+) -> list[str]:
+    buffers = model_buffers(engine.module, persistent_only=True)
+    problems = []
+    with folders.TensorReader(folder) as reader:
+        for name in buffers.keys() & manifest.buffers.keys():
+            shape = reader.shape(manifest.buffers[name])
+            if shape != list(buffers[name].shape):
+                problems.append(
+                    f"{name}: a buffer of {shape} in the checkpoint, "
+                    f"{list(buffers[name].shape)} in the model"
+                )
+    if strict:
+        problems += [f"{name}: a buffer that is not in the checkpoint"
+                     for name in buffers.keys() - manifest.buffers.keys()]
+        problems += [f"{name}: a buffer that is not in the model"
+                     for name in manifest.buffers.keys() - buffers.keys()]
+    return sorted(problems)
 
 
 def _put_all(

@@ -284,6 +284,14 @@ class TensorReader:
             )
         return tensor
 
+    def shape(self, entry: TensorEntry) -> list[int]:
+        """Of the tensor, without reading it."""
+        try:
+            return list(self._open(entry.file).get_slice(entry.key).get_shape())
+        except Exception as error:
+            path = self._folder / entry.file
+            raise CheckpointError(f"{path}: {entry.key!r} cannot be read: {error}") from error
+
     def close(self) -> None:
         if self._file is not None:
             self._file.__exit__(None, None, None)

@@ -6,6 +6,7 @@ The bytes are a pickle. They go to the user's own daemon over its own socket and
 there; whoever can change them can already run code as this user.
 """
 
+import logging
 import pickle
 import random
 import sys
@@ -18,14 +19,20 @@ from zerod.weights import model_buffers
 
 FORMAT = 2
 _ALWAYS_BYTES_MAX = 4096
+_PICKLED_BYTES_MAX = 4096  # how much a pickled tensor is longer than its values, and more
+log = logging.getLogger("zerod")
 
 
 class ClientState:
     """Random generators, buffers, loader position, schedule and the user's own dict."""
 
-    def __init__(self, model: nn.Module, bytes_max: int) -> None:
+    def __init__(self, model: nn.Module, bytes_max: int, may_omit: bool = False) -> None:
+        """`may_omit`: buffers that are too large are left out, with a warning, where it would else
+        be an error; after a crash they are what the script makes of them."""
         self._model = model
         self._bytes_max = bytes_max
+        self._may_omit = may_omit
+        self._omitted: set[str] = set()
         self._known = {
             name: (buffer, buffer._version) for name, buffer in model_buffers(model).items()
         }
@@ -35,6 +42,9 @@ class ClientState:
         buffers = self._changed_buffers()
         state = {"format": FORMAT, "random": capture_random(), "buffers": buffers, **parts}
         blob = pickle.dumps(state, protocol=5)
+        if len(blob) > self._bytes_max and self._may_omit:
+            self._omit_largest(buffers, len(blob) - self._bytes_max)
+            blob = pickle.dumps(state, protocol=5)
         if len(blob) > self._bytes_max:
             size = sum(b.numel() * b.element_size() for b in buffers.values())
             raise ValueError(
@@ -69,6 +79,19 @@ class ClientState:
                     buffers[name].copy_(value)
         return state
 
+    def _omit_largest(self, buffers: dict[str, torch.Tensor], excess: int) -> None:
+        excess += _PICKLED_BYTES_MAX
+        for name in sorted(buffers, key=lambda name: buffers[name].nbytes, reverse=True):
+            if excess <= 0:
+                break
+            excess -= buffers.pop(name).nbytes
+            self._omitted.add(name)
+            log.warning(
+                "the buffer %s is not committed with the steps: changed buffers are more than "
+                "zerod.client_state_bytes_max = %d. Raise it, or the buffer begins anew after a "
+                "crash (a checkpoint has it)", name, self._bytes_max,
+            )
+
     def _changed_buffers(self) -> dict[str, torch.Tensor]:
         """Buffers that may have changed since initialize(): small ones, statistics (batch norm
         writes them without raising their version), and what was written or replaced."""
@@ -81,6 +104,8 @@ class ClientState:
         }
         changed = {}
         for name, buffer in model_buffers(self._model).items():
+            if name in self._omitted:
+                continue
             known, version = self._known.get(name, (None, -1))
             small = buffer.numel() * buffer.element_size() <= _ALWAYS_BYTES_MAX
             touched = known is not buffer or buffer._version != version

@@ -2,7 +2,7 @@
 """The engine: the model as the training loop uses it."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +43,7 @@ class EngineParts:
     config: dict[str, Any]
     launch: Launch
     replays: bool = False  # a resumed job lets the script run up to where it stands
+    written_for_deepspeed: bool = False
 
 
 class Engine(Settings, Saving, Further, Replaying, nn.Module):
@@ -78,6 +79,8 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
         zero = self.config["zero_optimization"]
         self.want_grad_norm: bool = zero["compute_grad_norm"]
         self.client_state: dict[str, Any] = {}
+        # As of the engine's named_parameters(), where DeepSpeed's users expect it.
+        self._prefix = "module." if parts.written_for_deepspeed else ""
         self._forced_boundary: bool | None = None
         self._inside_no_sync = False
         self._grad_norm: float | None = None
@@ -98,7 +101,7 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
         self.versions = Versions(self.description.parameters)
         self._state_dict_hooks = StateDictHooks(self.weights, self.module)
         limit = self.config["zerod"]["client_state_bytes_max"]
-        self._state = ClientState(self.module, limit)
+        self._state = ClientState(self.module, limit, may_omit=parts.written_for_deepspeed)
         self.progress = Progress(self.config, self.global_rank)
         self.access = gathered.EngineAccess(self)
         self.resumed_step: int = self.client.resumed_step
@@ -108,6 +111,8 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
             self._replay = self._plan_replay()
         elif self.resumed_step:
             self._resume()
+        if self.optimizer is not None:
+            self.optimizer.serve(self)
         self._tell_optimizer(overflow=self.client.resumed_skipped)
         if self.config["disable_python_gc"]:
             garbage.pause()
@@ -266,23 +271,38 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
 
     # --- State.
 
-    def state_dict(self, *args: Any, master: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """The model's own state_dict: complete, plain copies, from any rank alone.
+    def state_dict(  # type: ignore[override]
+        self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False,
+        master: bool = False,
+    ) -> dict[str, Any]:
+        """The model's own state_dict: complete, plain copies, from any rank alone. In a script
+        written for DeepSpeed its names begin with "module.".
 
         In a bf16 job the values are bfloat16, in an fp16 job float16; with `master` the fp32
         master copy.
         """
         self._state_dict_hooks.master = master
         try:
-            return self.module.state_dict(*args, **kwargs)
+            state: dict[str, Any] = self.module.state_dict(
+                destination=destination, prefix=prefix + self._prefix, keep_vars=keep_vars
+            )
+            return state
         finally:
             self._state_dict_hooks.master = False
 
     def load_state_dict(  # type: ignore[override]
-        self, state_dict: Mapping[str, Any], strict: bool = True
+        self,
+        state_dict: Mapping[str, Any],
+        strict: bool = True,
+        allowed_missing_keys: Iterable[str] = (),
     ) -> Any:
         """Rank 0's parameters become everybody's; each rank takes the buffers it is given.
-        The optimizer's state stays. Collective, outside of forward and backward."""
+        The optimizer's state stays. `allowed_missing_keys` may be missing although `strict`.
+        Names as state_dict() gives them, or the model's own. Collective, outside of forward and
+        backward."""
+        prefix = self._prefix
+        if prefix and state_dict and all(name.startswith(prefix) for name in state_dict):
+            state_dict = {name[len(prefix) :]: value for name, value in state_dict.items()}
         problem: Exception | None = None
         missing: list[str] = []
         unexpected: list[str] = []
@@ -291,7 +311,8 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
             missing, unexpected = check_state(
                 self.module, self.description.parameters, state_dict
             )
-            if strict and (missing or unexpected):
+            forbidden = set(missing).difference(allowed_missing_keys)
+            if strict and (forbidden or unexpected):
                 raise ValueError(
                     f"the state_dict does not fit: missing {missing}, unexpected {unexpected}"
                 )

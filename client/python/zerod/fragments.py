@@ -109,8 +109,8 @@ def safe_set_full_optimizer_state(
 def safe_get_full_grad(param: torch.Tensor) -> torch.Tensor | None:
     """The gradient of the step under way in fp32: the mean over all ranks (their sum with
     gradient_allreduce_op "sum"), divided by the loss scale, not clipped. In memory of the caller's
-    own. None where no engine trains `param`, or no rank has a gradient for it; zeros while a script that
-    was started again comes to where its job stands (replay.py).
+    own. None where no engine trains `param`, or no rank has a gradient for it; zeros while a script
+    that was started again comes to where its job stands (replay.py).
 
     Collective, after the last backward() and before step(): every rank calls it for the same
     parameters in the same order. Called between micro-steps it gives their sum so far, and what

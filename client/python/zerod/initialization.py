@@ -3,6 +3,7 @@
 
 import json
 import logging
+import weakref
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -36,6 +37,7 @@ log = logging.getLogger("zerod")
 BUFFER_BYTES_MAX = 16 << 20  # of buffers that differ between ranks, sent as numbers
 _NUMBER_BYTES = 6  # that many fit a double's mantissa exactly
 _engines_made = 0
+_engines: "weakref.WeakSet[Engine]" = weakref.WeakSet()
 
 
 def initialize(
@@ -62,7 +64,9 @@ def initialize(
     function that makes one of the optimizer. `address` is the daemon's socket ("unix:/path"; else
     ZEROD_ADDRESS, else an embedded one). `seed` orders `training_data`.
     `written_for_deepspeed`: the script and its configuration know nothing of zerod; unknown keys at
-    the top are warnings, and a resumed job lets the script run up to where it stands.
+    the top are warnings, as is an optimizer or scheduler both passed and configured (the passed one
+    is used); a resumed job lets the script run up to where it stands; names in engine.state_dict()
+    begin with "module."; and buffers too large for client_state_bytes_max are left out of it.
 
     Collective: every rank of the launcher calls it. Rank 0's weights are the job's. Where the job
     is there already, its state is taken up instead: see `engine.resumed_step`.
@@ -74,8 +78,10 @@ def initialize(
     resolved = read.config
     monitors.check(resolved)
     dtype = configuration.dtype(resolved)
-    built = optimizers.build(model, optimizer, model_parameters, resolved)
-    scheduler = _scheduler(lr_scheduler, built, resolved)
+    built = optimizers.build(
+        model, optimizer, model_parameters, resolved, passed_wins=written_for_deepspeed
+    )
+    scheduler = _scheduler(lr_scheduler, built, resolved, passed_wins=written_for_deepspeed)
     loader = _loader(training_data, collate_fn, resolved, launch, seed)
     leaf.apply_config(model, resolved["zero_optimization"])
     nursery.prepare()
@@ -94,6 +100,7 @@ def initialize(
                 config=resolved,
                 launch=launch,
                 replays=replay.choose(resolved, written_for_deepspeed),
+                written_for_deepspeed=written_for_deepspeed,
             )
         )
         if launch.rank == 0 and resolved["dump_state"]:
@@ -158,7 +165,9 @@ def _attach(
     dtype: torch.dtype,
 ) -> Any:
     global _engines_made
-    job = peers.job_id(resolved["zerod"]["job"], _engines_made, launch)
+    configured = resolved["zerod"]["job"]
+    serial = _living(configured) if configured else _engines_made
+    job = peers.job_id(configured, serial, launch)
     found = peers.find_peers(job, launch, address)
     client = _zerod.Client.attach(
         modules=description.modules,
@@ -184,6 +193,14 @@ def _attach(
     return client
 
 
+def _living(configured: str) -> int:
+    """How many engines of this process with that name for their job have not ended."""
+    return sum(
+        engine.config["zerod"]["job"] == configured and not engine.client.closed
+        for engine in _engines
+    )
+
+
 def _adopt(parts: EngineParts) -> Engine:
     client, launch = parts.client, parts.launch
     fresh = client.resumed_step == 0
@@ -195,11 +212,15 @@ def _adopt(parts: EngineParts) -> Engine:
     parts.weights.open_resident()
     if fresh and launch.world > 1:
         _share_buffers(parts.model, client, launch)
-    return Engine(parts)
+    engine = Engine(parts)
+    _engines.add(engine)
+    return engine
 
 
-def _scheduler(given: Any, optimizer: Any, resolved: dict[str, Any]) -> Any:
-    if given is not None and resolved.get("scheduler"):
+def _scheduler(given: Any, optimizer: Any, resolved: dict[str, Any], passed_wins: bool) -> Any:
+    if given is not None and resolved.get("scheduler") and passed_wins:
+        log.warning('the scheduler that is passed is used; "scheduler" of the configuration is not')
+    elif given is not None and resolved.get("scheduler"):
         raise ModelError(
             'a scheduler is passed and the configuration has "scheduler" too; keep one'
         )

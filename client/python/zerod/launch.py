@@ -28,6 +28,7 @@ class Launch:
         ValueError where they are incomplete or contradict each other.
         """
         if "RANK" not in environment and "WORLD_SIZE" not in environment:
+            _check_alone(environment)
             return Launch()
         rank = _number(environment, "RANK")
         world = _number(environment, "WORLD_SIZE")
@@ -49,6 +50,24 @@ class Launch:
             )
         attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
         return Launch(rank, world, local_rank, local_world, node_rank, attempt)
+
+
+# How many processes another launcher has started together with this one.
+_OTHER_LAUNCHERS = {
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpirun",
+    "SLURM_STEP_NUM_TASKS": "srun",
+}
+
+
+def _check_alone(environment: Mapping[str, str]) -> None:
+    for name, launcher in _OTHER_LAUNCHERS.items():
+        if environment.get(name, "1") not in ("", "1"):
+            raise ValueError(
+                f"{name}={environment[name]}, but RANK and WORLD_SIZE are not set: each of these "
+                f"processes would be a job of its own. Have {launcher} start one torchrun on every "
+                "node, or set RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE"
+            )
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

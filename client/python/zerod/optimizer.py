@@ -2,9 +2,11 @@
 """The optimizer as the training script sees it: its groups. The state and the update are the
 daemon's."""
 
+import logging
 import math
+import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -12,6 +14,10 @@ from zerod import _zerod
 from zerod.errors import ModelError
 from zerod.parameter_offload import ParameterOffload
 
+if TYPE_CHECKING:
+    from zerod.engine import Engine
+
+log = logging.getLogger("zerod")
 GROUPS_MAX = 64  # kGroupsMax of proto/shm/format.h
 Builder = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
@@ -29,11 +35,43 @@ class Optimizer(torch.optim.Optimizer):
     overflow: bool = False
     parameter_offload: ParameterOffload  # at stage 3 only, as in DeepSpeed
     _given: torch.optim.Optimizer | None = None  # see adopt()
+    _engine: "weakref.ref[Engine] | None" = None  # see serve()
     KIND: ClassVar[str]  # as Client.attach takes it
     KEYS: ClassVar[tuple[str, ...]]  # numbers that a group and _zerod.Group have alike
     # What torch calls the tensors of state that the daemon keeps: Client.read's "exp_avg", then
     # its "exp_avg_sq".
     STATE: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The one whose place this one has taken. AttributeError where there was none: scripts
+        look for the innermost as long as there is this attribute."""
+        if self._given is None:
+            raise AttributeError(f"this {type(self).__name__} has taken no other optimizer's place")
+        return self._given
+
+    @property
+    def fp16_groups(self) -> list[list[torch.nn.Parameter]]:
+        """The parameters of each group."""
+        return [list(group["params"]) for group in self.param_groups]
+
+    @property
+    def _global_grad_norm(self) -> float | None:
+        return self._the_engine().get_global_grad_norm()
+
+    def backward(self, loss: torch.Tensor, retain_graph: bool = False) -> None:
+        """The engine's backward(), but `loss` is divided by the accumulation steps already."""
+        self._the_engine().backward(loss, retain_graph, scale_wrt_gas=False)
+
+    def serve(self, engine: "Engine") -> None:
+        """Before training: it is this engine's optimizer."""
+        self._engine = weakref.ref(engine)
+
+    def _the_engine(self) -> "Engine":
+        engine = self._engine() if self._engine is not None else None
+        if engine is None:
+            raise RuntimeError("the optimizer's engine is not there: call zerod.initialize()")
+        return engine
 
     @property
     def cur_scale(self) -> float:
@@ -392,6 +430,10 @@ _REFUSED_FLAGS = ("amsgrad", "maximize", "differentiable", "cautious", "decouple
 def adopt(optimizer: torch.optim.Optimizer) -> Optimizer:
     """Takes over an optimizer that has taken no step yet. The group dicts stay the same objects,
     so what holds the given optimizer (a scheduler) goes on working."""
+    for group in optimizer.param_groups:
+        for flag in _REFUSED_FLAGS:  # one of ours may have been given another's groups
+            if group.get(flag):
+                raise ModelError(f"{type(optimizer).__name__} with {flag}=True is not served")
     if isinstance(optimizer, Optimizer):
         return optimizer
     name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
@@ -406,9 +448,6 @@ def adopt(optimizer: torch.optim.Optimizer) -> Optimizer:
     if any(float(state.get("step", 1)) != 0 for state in optimizer.state.values()):
         raise ModelError("the optimizer has taken steps already; pass a fresh one")
     for group in optimizer.param_groups:
-        for flag in _REFUSED_FLAGS:
-            if group.get(flag):
-                raise ModelError(f"{target.__name__} with {flag}=True is not served")
         if target is AdamW:
             group.setdefault("decoupled_weight_decay", True)
         elif target is Adam:
@@ -458,11 +497,14 @@ def build(
     optimizer: torch.optim.Optimizer | Builder | None,
     model_parameters: Iterable[Any] | None,
     config: dict[str, Any],
+    passed_wins: bool = False,
 ) -> Optimizer | None:
     """The optimizer of the arguments of `initialize`, or of the configuration; None for neither:
-    such a job can only be read."""
+    such a job can only be read. Both are an error, or `passed_wins`, as in DeepSpeed."""
     section = config.get("optimizer")
-    if optimizer is not None and section:
+    if optimizer is not None and section and passed_wins:
+        log.warning('the optimizer that is passed is used; "optimizer" of the configuration is not')
+    elif optimizer is not None and section:
         raise ModelError(
             'an optimizer is passed and the configuration has "optimizer" too; keep one'
         )

@@ -37,10 +37,10 @@ def job_id(configured: str, serial: int, launch: Launch) -> str:
     """The job's name: the config's, else ZEROD_JOB, else torchrun's run id, else a random one that
     is the same on all ranks and in all attempts of this launch.
 
-    `serial`: how many engines this process made before; each needs a name of its own.
+    `serial`: how many engines of this process come before it; each needs a name of its own.
     """
     if configured:
-        return configured
+        return _nth(configured, serial)
     name = os.environ.get("ZEROD_JOB") or os.environ.get("TORCHELASTIC_RUN_ID")
     if not name or name == "none":  # torchrun's run id where the user gave none
         global _own_name
@@ -55,6 +55,10 @@ def job_id(configured: str, serial: int, launch: Launch) -> str:
         raise ValueError(
             f"the job id {name!r} is not allowed: 1 to 128 letters, digits, '.', '_' or '-'"
         )
+    return _nth(name, serial)
+
+
+def _nth(name: str, serial: int) -> str:
     return name if serial == 0 else f"{name}-{serial}"
 
 

@@ -5,7 +5,7 @@ import logging
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,19 +135,26 @@ class Saving:
 
     def load_module_state_dict(
         self: "Engine",  # type: ignore[misc]
-        state_dict: Mapping[str, Any],
+        checkpoint: Mapping[str, Any],
         strict: bool = True,
         custom_load_fn: Callable[[Any, Any], None] | None = None,
         fetch_z3_params: bool = False,
+        z3_params_to_fetch: Any = None,
+        allowed_missing_keys: Iterable[str] | None = None,
     ) -> None:
-        """load_state_dict(). `fetch_z3_params` has no meaning: the daemon takes whole values."""
+        """load_state_dict() of the model's state_dict, or of a dict that has it as "module".
+        `allowed_missing_keys` may be missing although `strict`. `fetch_z3_params` and
+        `z3_params_to_fetch` have no meaning: the daemon takes whole values."""
+        state_dict = checkpoint
+        if isinstance(checkpoint.get("module"), Mapping):
+            state_dict = checkpoint["module"]
         if custom_load_fn is not None:
             from zerod.gathered import GatheredParameters
 
             with GatheredParameters(list(self.module.parameters()), modifier_rank=0):
                 custom_load_fn(src=state_dict, dst=self.module)  # type: ignore[call-arg]
             return
-        self.load_state_dict(state_dict, strict=strict)
+        self.load_state_dict(state_dict, strict, allowed_missing_keys or ())
 
     def _zero3_consolidated_16bit_state_dict(
         self: "Engine", exclude_frozen_parameters: bool = False  # type: ignore[misc]

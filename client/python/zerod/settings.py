@@ -91,10 +91,14 @@ class Settings:
         return self.zero_optimization_stage() >= 3
 
     def zero_offload_optimizer(self) -> dict[str, Any] | None:
-        return self.config["zero_optimization"].get("offload_optimizer")
+        return self._offload("offload_optimizer")
 
     def zero_offload_param(self) -> dict[str, Any] | None:
-        return self.config["zero_optimization"].get("offload_param")
+        return self._offload("offload_param")
+
+    def _offload(self, key: str) -> dict[str, Any] | None:
+        section: dict[str, Any] | None = self.config["zero_optimization"].get(key)
+        return None if section is None or section["device"] == "none" else section
 
     def zero_gather_16bit_weights_on_model_save(self) -> bool:
         """True whatever the configuration says: whole weights can be had at every stage, at no

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """`deepspeed.accelerator`: the device that a rank computes on. Here it is the CPU."""
 
+import logging
 import os
 from typing import Any
 
 import torch
 
 from zerod.launch import Launch
+
+
+log = logging.getLogger("zerod")
 
 
 class CpuAccelerator:
@@ -92,8 +96,33 @@ class CpuAccelerator:
 
     def memory_allocated(self, device_index: int | None = None) -> int:
         """Bytes resident in this process, shared ones included."""
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return _status_bytes("VmRSS")
+
+    def max_memory_allocated(self, device_index: int | None = None) -> int:
+        """The most that memory_allocated() was since reset_peak_memory_stats()."""
+        return _status_bytes("VmHWM")
+
+    def reset_peak_memory_stats(self, device_index: int | None = None) -> None:
+        """For the whole process, what it measures for itself included."""
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+
+    reset_max_memory_allocated = reset_peak_memory_stats
+    memory_cached = memory_reserved = memory_allocated
+    max_memory_cached = max_memory_reserved = max_memory_allocated
+    reset_max_memory_cached = reset_peak_memory_stats
+
+    def memory_stats(self, device_index: int | None = None) -> dict[str, int]:
+        return {
+            "allocated_bytes.all.current": self.memory_allocated(),
+            "allocated_bytes.all.peak": self.max_memory_allocated(),
+        }
+
+    def range_push(self, message: str) -> None:
+        """NVTX ranges are for GPUs."""
+
+    def range_pop(self) -> None:
+        """NVTX ranges are for GPUs."""
 
     def pin_memory(self, tensor: torch.Tensor, align_bytes: int = 1) -> torch.Tensor:
         return tensor
@@ -106,6 +135,23 @@ class CpuAccelerator:
 
     def is_triton_supported(self) -> bool:
         return False
+
+
+def _status_bytes(key: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as file:
+        for line in file:
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+def see_memory_usage(message: str, force: bool = False) -> None:
+    """Logs what this process has resident, on rank 0, where it is forced to."""
+    if force and Launch.from_environment().rank == 0:
+        log.info(
+            "%s: %.2f GB resident, %.2f GB at most", message,
+            _status_bytes("VmRSS") / 1e9, _status_bytes("VmHWM") / 1e9,
+        )
 
 
 _accelerator = CpuAccelerator()

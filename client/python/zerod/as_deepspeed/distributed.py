@@ -101,6 +101,9 @@ def _is_making_state() -> bool:
 
 
 def is_initialized() -> bool:
+    """As torch.distributed's. Accelerate asks it before anything else."""
+    if dist.is_initialized():
+        _tell_accelerate(dist.get_backend())
     return dist.is_initialized()
 
 

@@ -20,11 +20,16 @@ _EXPORTS = {
     "log_dist": "zerod.as_deepspeed.entry:log_dist",
     "OnDevice": "zerod.as_deepspeed.entry:OnDevice",
     "RepeatingLoader": "zerod.as_deepspeed.entry:RepeatingLoader",
+    "see_memory_usage": "zerod.as_deepspeed.accelerator:see_memory_usage",
     "instrument_w_nvtx": "zerod.as_deepspeed.entry:instrument_w_nvtx",
 }
-_SUBMODULES = ("groups", "logging", "zero_to_fp32")
+_SUBMODULES = ("groups", "logging", "tensor_fragment", "zero_to_fp32")
+_SLICE = "access to a rank's own slice: no rank has one"
+_GRADIENT = "setting gradients: they are the daemon's as soon as they are made"
 _NEVER = {
-    "safe_set_full_grad": "this access to a rank's own slice: the daemon owns it",
-    "safe_update_full_grad_vectorized": "this access to a rank's own slice: the daemon owns it",
+    **{f"safe_{verb}_local_{what}": _SLICE
+       for verb in ("get", "set") for what in ("fp32_param", "grad", "optimizer_state")},
+    "safe_set_full_grad": _GRADIENT,
+    "safe_update_full_grad_vectorized": _GRADIENT,
 }
 __getattr__, __dir__ = face.names(__name__, _EXPORTS, submodules=_SUBMODULES, never=_NEVER)

@@ -11,3 +11,8 @@ _NAMES = (
 )
 _EXPORTS = {name: f"zerod.zero_to_fp32:{name}" for name in _NAMES}
 __getattr__, __dir__ = face.names(__name__, _EXPORTS)
+
+if __name__ == "__main__":
+    from zerod.zero_to_fp32 import main
+
+    main()

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole parameters, their state and gradients."""
+
+from zerod.as_deepspeed import face
+
+_NAMES = (
+    "safe_get_full_fp32_param",
+    "safe_get_full_grad",
+    "safe_get_full_optimizer_state",
+    "safe_set_full_fp32_param",
+    "safe_set_full_optimizer_state",
+)
+_EXPORTS = {name: f"zerod.fragments:{name}" for name in _NAMES}
+__getattr__, __dir__ = face.names(__name__, _EXPORTS)
