@@ -306,6 +306,11 @@ class Job {
     bool moving = false;  // on its way there
     auto Key() const { return std::make_tuple(round, micro_step, index, slot); }
   };
+  struct GradientRead {
+    Waiter waiter;
+    uint64_t begin = 0;
+    uint64_t count = 0;
+  };
   struct UnitState {
     std::vector<Waiter> waiters;   // gathers not yet answered
     Step applied = 0;              // version of what this member owns
@@ -320,6 +325,7 @@ class Job {
     uint32_t reduced_round = 0;    // last completed in this step
     uint32_t reported_round = 0;
     std::vector<Waiter> reclaims;
+    std::vector<GradientRead> gradient_reads;  // until what their slots handed over is reduced
     std::vector<Staged> staged;    // node_sum, by key; the first may be on its way
     bool accumulating = false;
     bool accumulated = false;      // something is in the accumulator
@@ -341,6 +347,8 @@ class Job {
   void MaybeReportStep();
   void MaybeReportScalars();
   void AnswerReclaims(UnitIndex unit);
+  void TellGradientReads(UnitIndex unit);
+  void AnswerGradientReads(UnitState* u, const absl::Status& status);
   void CloseRounds(SlotIndex slot, uint32_t rounds);
   void PumpStaging(UnitIndex unit);
   void PumpRoom();

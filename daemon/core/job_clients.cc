@@ -3,6 +3,7 @@
 // What clients ask: checks, answers, and the reports that follow from them. Gradients are in
 // job_gradients.cc.
 #include <algorithm>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
@@ -347,9 +348,39 @@ void Job::OnRead(SlotIndex slot, uint64_t cookie, UnitIndex unit, uint64_t begin
     status = absl::FailedPreconditionError("a gradient is read before STEP, which uses it up");
   }
   if (!status.ok()) return Answer({slot, cookie}, status);
-  requests_.push_back({slot, cookie});
-  Tell(StateRequest{/*put=*/false, slot, unit, begin, count, kind});
+  if (kind == StateKind::kGradient) {
+    // A client may be ahead of its gradient: under node_sum it waits to be added before the other
+    // members hear of it, and they would read what is there without it.
+    if (status = MissingRank(); !status.ok()) return Answer({slot, cookie}, status);
+    units_[unit].gradient_reads.push_back({{slot, cookie}, begin, count});
+    TellGradientReads(unit);
+  } else {
+    requests_.push_back({slot, cookie});
+    Tell(StateRequest{/*put=*/false, slot, unit, begin, count, kind});
+  }
   Pump();
+}
+
+void Job::TellGradientReads(UnitIndex unit) {
+  UnitState& u = units_[unit];
+  std::vector<GradientRead> later;
+  for (const GradientRead& read : std::exchange(u.gradient_reads, {})) {
+    if (!Attached(read.waiter.slot)) continue;
+    if (u.reduced_round < slots_[read.waiter.slot].marks[unit]) {
+      later.push_back(read);
+      continue;
+    }
+    requests_.push_back(read.waiter);
+    Tell(StateRequest{/*put=*/false, read.waiter.slot, unit, read.begin, read.count,
+                      StateKind::kGradient});
+  }
+  u.gradient_reads = std::move(later);
+}
+
+void Job::AnswerGradientReads(UnitState* u, const absl::Status& status) {
+  for (const GradientRead& read : std::exchange(u->gradient_reads, {})) {
+    Answer(read.waiter, status);
+  }
 }
 
 void Job::OnScalar(SlotIndex slot, uint64_t cookie, const ScalarValues& values) {

@@ -186,6 +186,7 @@ void Job::FinishEntry(const Entry& e) {
     u.reduced_round = e.round;
     if (spec_.members > 1) u.accumulated = false;
     AnswerReclaims(e.unit);
+    TellGradientReads(e.unit);
     if (spec_.node_sum) PumpStaging(e.unit);
     return;
   }
@@ -385,6 +386,7 @@ void Job::ResetStep() {
     u.accumulated = false;
     u.staged.clear();
     AnswerAll(&u.reclaims, absl::CancelledError("STEP was sent before the reclaim was answered"));
+    AnswerGradientReads(&u, absl::CancelledError("STEP was sent before the read was answered"));
     u.touched.assign(spec_.layout->units()[i].parameters.size(), false);
   }
   step_reported_ = false;
@@ -442,6 +444,7 @@ void Job::StartLeave(const Entry& e) {
   // The step under way cannot complete: what waits for another rank's part of it never ends.
   for (UnitState& u : units_) {
     AnswerAll(&u.reclaims, missing);
+    AnswerGradientReads(&u, missing);
     ForgetStaged(&u, missing);
   }
   for (SlotIndex i = 0; i < slots_.size(); ++i) {

@@ -73,6 +73,23 @@ TEST_F(NodeSumTest, AWaitForARankEndsWithItsMicroStep) {
   EXPECT_EQ(Accumulated(), (std::vector<uint64_t>{900}));
 }
 
+// The other members hear of a gradient when it has been added, and of a READ at once: it must not
+// come before the reduction of what its client handed over.
+TEST_F(NodeSumTest, AGradientIsReadBehindWhatWasHandedOver) {
+  job_->OnScatter(0, 31, 1, 1, true, 500, {true});
+  job_->OnScatter(1, 32, 1, 1, true, 600, {true});
+  job_->OnRead(0, 41, 1, 0, 10, StateKind::kGradient);
+  EXPECT_EQ(Accumulated(), (std::vector<uint64_t>{500, 600}));
+  EXPECT_TRUE(Take<StartRead>().empty());
+  const std::vector<StartReduce> reduces = Take<StartReduce>();
+  ASSERT_EQ(reduces.size(), 1u);
+  job_->OnEntryDone(reduces[0].seq, absl::OkStatus());
+  const std::vector<StartRead> reads = Take<StartRead>();
+  ASSERT_EQ(reads.size(), 1u);
+  job_->OnEntryDone(reads[0].seq, absl::OkStatus());
+  EXPECT_TRUE(Answer(41).ok());
+}
+
 TEST_F(NodeSumTest, WhatWaitsIsSetAsideAndAddedInItsPlace) {
   job_->OnScatter(1, 31, 0, 1, false, 500, {true});
   job_->OnScatter(1, 32, 1, 1, false, 600, {true});
