@@ -8,8 +8,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "base/clock.h"
 #include "daemon/engine/apply.h"
-#include "daemon/engine/clock.h"
 #include "daemon/engine/job_runner_impl.h"
 
 namespace zerod::engine {

@@ -13,8 +13,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "base/clock.h"
 #include "base/status.h"
-#include "daemon/engine/clock.h"
 #include "daemon/engine/job_runner_impl.h"
 #include "daemon/engine/job_spec.h"
 #include "kernels/cpu/kernels.h"

@@ -10,7 +10,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
-#include "daemon/engine/clock.h"
+#include "base/clock.h"
 #include "daemon/engine/job_runner_impl.h"
 
 namespace zerod::engine {

@@ -7,8 +7,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/clock.h"
 #include "base/status.h"
-#include "daemon/engine/clock.h"
 #include "daemon/engine/job_runner_impl.h"
 
 namespace zerod::engine {
