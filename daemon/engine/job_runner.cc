@@ -254,7 +254,7 @@ absl::StatusOr<Attachment> JobRunnerImpl::BeginAttach(const ClientInfo& info) {
         "' is the living process ", slot.client->pid, ". Wait for its end, or end it"));
   }
   RETURN_IF_ERROR(job_->OnAttach(info.local_rank, info.rank));
-  if (slot.client != nullptr) StopServing(slot.client.get());
+  if (slot.client != nullptr) Forget(slot.client.get());
   slot.client.reset();
   slot.pending_blob.reset();
   slot.preparing = true;
