@@ -119,8 +119,9 @@ void Job::OnRelease(SlotIndex slot, UnitIndex unit) {
   Pump();
 }
 
-// Makes sure that a copy of the present version is on its way to somebody who waits for it.
-void Job::RequestCopy(UnitIndex unit) {
+// Makes sure that a copy of the present version is on its way to somebody who waits for it, or will
+// be when its turn for room has come. `first`: it is the first of room_queue_'s, taken from it.
+void Job::RequestCopy(UnitIndex unit, bool first) {
   UnitState& u = units_[unit];
   if (window_.copy(unit) == Window::Copy::kFilling) {
     if (!u.forecast) return;
@@ -128,6 +129,13 @@ void Job::RequestCopy(UnitIndex unit) {
     forecast_elements_in_flight_ -= spec_.layout->units()[unit].elements;
     return Tell(Want{unit, committed_, /*demand=*/true, /*again=*/true});
   }
+  // The queue moves on with every copy that arrives, and none of those waits for a client.
+  const auto queue = [&] {
+    if (std::find(room_queue_.begin(), room_queue_.end(), unit) == room_queue_.end()) {
+      room_queue_.push_back(unit);
+    }
+  };
+  if (!first && !room_queue_.empty()) return queue();
   absl::Status error;
   switch (window_.Reserve(unit, /*demand=*/true, [this](UnitIndex v) { return NextUse(v); },
                           &error)) {
@@ -136,9 +144,7 @@ void Job::RequestCopy(UnitIndex unit) {
       Tell(Want{unit, committed_, /*demand=*/true});
       break;
     case Window::Room::kLater:
-      if (std::find(room_queue_.begin(), room_queue_.end(), unit) == room_queue_.end()) {
-        room_queue_.push_back(unit);
-      }
+      queue();
       break;
     case Window::Room::kNone:
       AnswerAll(&u.waiters, error);
@@ -153,7 +159,7 @@ void Job::RetryRoom() {
     UnitIndex unit = room_queue_.front();
     room_queue_.pop_front();
     if (units_[unit].waiters.empty() || window_.copy(unit) != Window::Copy::kAbsent) continue;
-    RequestCopy(unit);
+    RequestCopy(unit, /*first=*/true);
     if (!room_queue_.empty() && room_queue_.back() == unit) {
       room_queue_.pop_back();
       room_queue_.push_front(unit);
