@@ -335,6 +335,7 @@ class Job {
   absl::Status CheckRestore(const OptimizerProgress& progress) const;
   absl::Status MissingRank() const;
   ScalarWait& PostScalar(Waiter waiter, const ScalarValues& values);
+  void ForgetScalars(SlotIndex slot);
   void Answer(Waiter waiter, absl::Status status, uint64_t result = 0);
   void AnswerAll(std::vector<Waiter>* waiters, const absl::Status& status, uint64_t result = 0);
   void MaybeReportGradients(UnitIndex unit);

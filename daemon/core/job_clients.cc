@@ -446,8 +446,17 @@ void Job::MaybeReportScalars() {
 void Job::OnDetach(SlotIndex slot, uint64_t cookie) {
   if (!Attached(slot)) return;
   Answer({slot, cookie}, absl::OkStatus());
-  slots_[slot].state = SlotState::kLeft;
-  Tell(ClientGone{slots_[slot].rank, /*left=*/true, "it detached"});
+  Slot& s = slots_[slot];
+  const bool left = state_ != JobState::kForming;
+  if (left) {
+    s.state = SlotState::kLeft;
+    Tell(ClientGone{s.rank, left, "it detached"});
+  } else {
+    // Like one that never came, and it may come again.
+    s.state = SlotState::kDead;
+    ForgetScalars(slot);
+    Tell(ClientGone{s.rank, left, "it detached before all ranks had come"});
+  }
   Pump();
 }
 
