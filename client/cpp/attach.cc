@@ -16,6 +16,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "absl/time/clock.h"
+#include "base/clock.h"
 #include "base/status.h"
 #include "client/cpp/attachment.h"
 #include "client/cpp/embedded.h"
@@ -219,9 +220,9 @@ absl::StatusOr<Attachment> AttachOnce(const Target& target) {
 
 // Sleeps, longer each time, and looks at `interrupt`. False: interrupted.
 bool BackOff(const AttachOptions& options, absl::Duration* pause) {
-  const absl::Time until = absl::Now() + *pause;
+  const absl::Time until = MonotonicNow() + *pause;
   *pause = std::min(*pause * 2, kBackOffMax);
-  for (absl::Time now = absl::Now(); now < until; now = absl::Now()) {
+  for (absl::Time now = MonotonicNow(); now < until; now = MonotonicNow()) {
     if (options.interrupt && options.interrupt()) return false;
     absl::SleepFor(std::min(until - now, kWaitSlice));
   }
@@ -239,14 +240,14 @@ absl::Status WithTries(const absl::Status& status, absl::Duration spent, const c
 // Repeats `once` while it says "not now" and there is time.
 template <typename Once>
 auto Repeat(const AttachOptions& options, const Once& once) -> decltype(once()) {
-  const absl::Time start = absl::Now();
+  const absl::Time start = MonotonicNow();
   const absl::Duration timeout = absl::Seconds(options.attach_timeout_seconds);
   const absl::Duration takeover = absl::Seconds(options.takeover_seconds);
   absl::Duration pause = kBackOffMin;
   absl::Time occupied_since = absl::InfiniteFuture();
   for (;;) {
     auto result = once();
-    const absl::Time now = absl::Now();
+    const absl::Time now = MonotonicNow();
     if (absl::IsUnavailable(result.status())) {
       if (now - start > timeout) {
         return WithTries(result.status(), now - start, "attach_timeout_seconds");

@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "base/clock.h"
 #include "base/status.h"
 #include "client/cpp/client_impl.h"
 #include "proto/shm/fd_socket.h"
@@ -177,7 +177,7 @@ absl::Status ClientImpl::Gather(uint32_t unit) {
   entry.unit = unit;
   entry.step = step();
   lock.unlock();
-  const absl::Time start = absl::Now();
+  const absl::Time start = MonotonicNow();
   absl::StatusOr<uint64_t> cookie = requests_->Post(entry);
   absl::Status answer = cookie.status();
   if (cookie.ok()) {
@@ -187,7 +187,7 @@ absl::Status ClientImpl::Gather(uint32_t unit) {
     if (absl::IsCancelled(answer)) requests_->Abandon(*cookie);
   }
   lock.lock();
-  counters_.gather_wait_seconds += absl::ToDoubleSeconds(absl::Now() - start);
+  counters_.gather_wait_seconds += absl::ToDoubleSeconds(MonotonicNow() - start);
   if (unit_holds_[unit].held) return absl::OkStatus();  // by another thread meanwhile
   if (answer.ok()) {
     const shm::UnitWord word = holds_->Word(unit);

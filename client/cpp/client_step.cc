@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "base/clock.h"
 #include "base/status.h"
 #include "client/cpp/client_impl.h"
 
@@ -145,7 +145,7 @@ absl::StatusOr<StepResult> ClientImpl::Step(const StepRequest& request) {
   RETURN_IF_ERROR(CheckUsable());
   RETURN_IF_ERROR(requests_->Acquire(Requests::Turn::kStep, "another thread's step"));
   TurnHolder turn(requests_.get(), Requests::Turn::kStep);
-  const absl::Time start = absl::Now();
+  const absl::Time start = MonotonicNow();
   ReleaseAll();
   // A step that was interrupted is on its way already, and is taken up again here.
   if (step_left_behind_ == 0) RETURN_IF_ERROR(PostStep(request));
@@ -153,7 +153,7 @@ absl::StatusOr<StepResult> ClientImpl::Step(const StepRequest& request) {
       requests_->Wait(step_left_behind_, "the other ranks' step");
   {
     std::lock_guard<std::mutex> lock(mu_);
-    counters_.step_wait_seconds += absl::ToDoubleSeconds(absl::Now() - start);
+    counters_.step_wait_seconds += absl::ToDoubleSeconds(MonotonicNow() - start);
   }
   if (!answer.ok() && absl::IsCancelled(answer.status())) return answer.status();
   step_left_behind_ = 0;

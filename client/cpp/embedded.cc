@@ -23,6 +23,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "absl/time/clock.h"
+#include "base/clock.h"
 #include "base/hash.h"
 #include "base/status.h"
 #include "client/cpp/wait.h"
@@ -78,7 +79,7 @@ absl::StatusOr<shm::UniqueFd> Lock(const std::string& path, absl::Time deadline,
     if (errno != EWOULDBLOCK && errno != EINTR) {
       return absl::UnavailableError(Errno(absl::StrCat("lock ", path)));
     }
-    if (absl::Now() > deadline) {
+    if (MonotonicNow() > deadline) {
       return absl::UnavailableError(absl::StrCat(
           "another process has been starting a daemon for too long: it holds ", path));
     }
@@ -275,7 +276,7 @@ absl::StatusOr<std::string> FindDaemon() {
 absl::Status StartEmbedded(const EmbeddedPaths& paths, absl::Duration limit,
                            const std::function<bool()>& answers,
                            const std::function<bool()>& interrupted) {
-  const absl::Time deadline = absl::Now() + limit;
+  const absl::Time deadline = MonotonicNow() + limit;
   if (answers()) return absl::OkStatus();
   RETURN_IF_ERROR(MakePrivateDirectory(paths.directory));
   ASSIGN_OR_RETURN(const shm::UniqueFd lock, Lock(paths.lock, deadline, interrupted));
@@ -289,7 +290,7 @@ absl::Status StartEmbedded(const EmbeddedPaths& paths, absl::Duration limit,
       return absl::UnavailableError(
           absl::StrCat("the daemon ended as soon as it was started; ", LogTail(paths.log)));
     }
-    if (absl::Now() > deadline) {
+    if (MonotonicNow() > deadline) {
       return absl::UnavailableError(
           absl::StrCat("the daemon was started and does not answer at ", paths.socket, " after ",
                        absl::FormatDuration(limit), "; ", LogTail(paths.log)));

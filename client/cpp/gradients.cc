@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "base/clock.h"
 #include "base/status.h"
 #include "client/cpp/land.h"
 
@@ -165,10 +165,10 @@ absl::Status Gradients::Reclaim(uint32_t u, uint64_t step) {
       entry.step = step;
       ASSIGN_OR_RETURN(unit.reclaim, requests_->Post(entry));
     }
-    const absl::Time start = absl::Now();
+    const absl::Time start = MonotonicNow();
     absl::StatusOr<Requests::Answer> answer =
         requests_->Wait(unit.reclaim, "the gradient memory of a unit");
-    wait_seconds_ += absl::ToDoubleSeconds(absl::Now() - start);
+    wait_seconds_ += absl::ToDoubleSeconds(MonotonicNow() - start);
     if (!answer.ok() && absl::IsCancelled(answer.status())) return answer.status();
     unit.reclaim = 0;
     if (!answer.ok()) return answer.status();
@@ -245,10 +245,10 @@ absl::Status Gradients::AwaitAnswer() {
   RETURN_IF_ERROR(requests_->PostUnanswered(entry));
   std::vector<uint64_t> cookies;
   for (const InFlight& slot : in_flight_) cookies.push_back(slot.cookie);
-  const absl::Time start = absl::Now();
+  const absl::Time start = MonotonicNow();
   absl::Status waited =
       requests_->WaitAny(cookies, "room in the gradient staging memory").status();
-  wait_seconds_ += absl::ToDoubleSeconds(absl::Now() - start);
+  wait_seconds_ += absl::ToDoubleSeconds(MonotonicNow() - start);
   RETURN_IF_ERROR(waited);
   return TakeAnswers();
 }

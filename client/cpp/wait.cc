@@ -3,11 +3,10 @@
 
 #include <poll.h>
 
-#include <chrono>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "base/clock.h"
 #include "base/status.h"
 
 namespace zerod::client {
@@ -52,9 +51,8 @@ absl::Status Requests::Slice(std::unique_lock<std::mutex>* lock, News news, absl
   bool woken = false;
   // Only one thread sleeps on the ring; it wakes the others for what they may have waited for.
   if (polling_ || news == News::kThread) {
-    // system_clock: its waits are known to every thread sanitizer.
-    const auto until = std::chrono::system_clock::now() + absl::ToChronoMilliseconds(slice);
-    woken = changed_.wait_until(*lock, until) == std::cv_status::no_timeout;
+    woken = changed_.wait_for(*lock, absl::ToChronoNanoseconds(slice)) ==
+            std::cv_status::no_timeout;
   } else {
     polling_ = true;
     lock->unlock();
@@ -65,7 +63,7 @@ absl::Status Requests::Slice(std::unique_lock<std::mutex>* lock, News news, absl
     changed_.notify_all();
   }
   // An answer that came before the failure still counts, so the caller looks before it gives up.
-  const absl::Time now = absl::Now();
+  const absl::Time now = MonotonicNow();
   if (woken && now - *looked < kWaitSlice) return absl::OkStatus();
   *looked = now;
   if (DaemonGone()) {
@@ -89,7 +87,7 @@ absl::Status Requests::Slice(std::unique_lock<std::mutex>* lock, News news, absl
 
 absl::Status Requests::PushLocked(std::unique_lock<std::mutex>* lock,
                                   const shm::SubmitEntry& entry) {
-  absl::Time looked = absl::Now();
+  absl::Time looked = MonotonicNow();
   for (;;) {
     absl::Status pushed = ring_.Push(entry);
     if (!absl::IsResourceExhausted(pushed) || ring_.Failure() == pushed) return pushed;
@@ -102,7 +100,7 @@ absl::Status Requests::PushLocked(std::unique_lock<std::mutex>* lock,
 absl::StatusOr<uint64_t> Requests::Post(shm::SubmitEntry entry) {
   std::unique_lock<std::mutex> lock(mu_);
   if (!polling_) Drain();
-  absl::Time looked = absl::Now();
+  absl::Time looked = MonotonicNow();
   while (pending_.size() >= kPendingMax) {
     RETURN_IF_ERROR(ring_.Failure());
     RETURN_IF_ERROR(Slice(&lock, News::kRing, kWaitSlice, "earlier requests", &looked));
@@ -131,7 +129,7 @@ absl::StatusOr<size_t> Requests::WaitAny(absl::Span<const uint64_t> cookies,
                                          absl::string_view what) {
   std::unique_lock<std::mutex> lock(mu_);
   if (!polling_) Drain();
-  absl::Time looked = absl::Now();
+  absl::Time looked = MonotonicNow();
   for (;;) {
     for (size_t i = 0; i < cookies.size(); ++i) {
       auto found = pending_.find(cookies[i]);
@@ -182,7 +180,7 @@ void Requests::Abandon(uint64_t cookie) {
 absl::Status Requests::Acquire(Turn turn, absl::string_view what) {
   std::unique_lock<std::mutex> lock(mu_);
   bool& busy = busy_[static_cast<size_t>(turn)];
-  absl::Time looked = absl::Now();
+  absl::Time looked = MonotonicNow();
   while (busy) {
     RETURN_IF_ERROR(ring_.Failure());
     RETURN_IF_ERROR(Slice(&lock, News::kThread, kWaitSlice, what, &looked));

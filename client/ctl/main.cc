@@ -15,8 +15,8 @@
 #include "CLI/Config.hpp"
 #include "CLI/Formatter.hpp"
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "base/clock.h"
 #include "client/ctl/configs.h"
 #include "client/ctl/models.h"
 #include "client/ctl/plans.h"
@@ -65,13 +65,13 @@ absl::Status Top(Daemon* daemon, const Arguments& arguments) {
   if (signals < 0) return absl::UnavailableError("cannot wait for signals");
   const bool clear = isatty(STDOUT_FILENO) != 0 && !arguments.once;
   v1::ListJobsResponse before;
-  absl::Time before_at = absl::Now();
+  absl::Time before_at = MonotonicNow();
   for (;;) {
     auto status = daemon->Status();
     if (!status.ok()) return status.status();
     auto jobs = daemon->ListJobs();
     if (!jobs.ok()) return jobs.status();
-    const absl::Time now = absl::Now();
+    const absl::Time now = MonotonicNow();
     const std::string text =
         arguments.json ? ToJson(*jobs)
                        : TopText(*status, before, *jobs, absl::ToDoubleSeconds(now - before_at));

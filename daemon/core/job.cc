@@ -91,10 +91,7 @@ void Job::OnClientGone(SlotIndex slot, const std::string& reason) {
   Slot& s = slots_[slot];
   if (s.state == SlotState::kAttached) {
     s.state = SlotState::kDead;
-    for (ScalarWait& w : scalars_) {  // its successor may join the same generation
-      w.values[slot].reset();
-      std::erase_if(w.waiters, [slot](const Waiter& waiter) { return waiter.slot == slot; });
-    }
+    ForgetScalars(slot);
     if (state_ == JobState::kForming || state_ == JobState::kRunning) {
       Tell(ClientGone{s.rank, /*left=*/false, reason});
     }
@@ -102,6 +99,14 @@ void Job::OnClientGone(SlotIndex slot, const std::string& reason) {
     s.state = SlotState::kDead;
   }
   Pump();
+}
+
+// Its successor may join the same generation.
+void Job::ForgetScalars(SlotIndex slot) {
+  for (ScalarWait& w : scalars_) {
+    w.values[slot].reset();
+    std::erase_if(w.waiters, [slot](const Waiter& waiter) { return waiter.slot == slot; });
+  }
 }
 
 std::string Job::WaitingFor() const {

@@ -341,6 +341,7 @@ class Job {
   absl::Status CheckRestore(const OptimizerProgress& progress) const;
   absl::Status MissingRank() const;
   ScalarWait& PostScalar(Waiter waiter, const ScalarValues& values);
+  void ForgetScalars(SlotIndex slot);
   void Answer(Waiter waiter, absl::Status status, uint64_t result = 0);
   void AnswerAll(std::vector<Waiter>* waiters, const absl::Status& status, uint64_t result = 0);
   void MaybeReportGradients(UnitIndex unit);
@@ -364,7 +365,7 @@ class Job {
   uint64_t NextUse(UnitIndex unit) const;
 
   // Room and copies (job_clients.cc).
-  void RequestCopy(UnitIndex unit);
+  void RequestCopy(UnitIndex unit, bool first = false);
   void RetryRoom();
   void Forecast();
   void PublishCopy(UnitIndex unit, Step version);
@@ -413,7 +414,7 @@ class Job {
   OptimizerProgress progress_;
   std::vector<Slot> slots_;
   std::vector<UnitState> units_;
-  std::deque<UnitIndex> room_queue_;  // demands that wait for a copy on its way
+  std::deque<UnitIndex> room_queue_;  // demands that wait for a copy on its way, or each other
   std::vector<bool> left_;            // per rank of the world
   std::deque<Entry> log_;             // appended, not started
   uint64_t next_seq_ = 1;             // the next entry to be appended here

@@ -120,8 +120,9 @@ void Job::OnRelease(SlotIndex slot, UnitIndex unit) {
   Pump();
 }
 
-// Makes sure that a copy of the present version is on its way to somebody who waits for it.
-void Job::RequestCopy(UnitIndex unit) {
+// Makes sure that a copy of the present version is on its way to somebody who waits for it, or will
+// be when its turn for room has come. `first`: it is the first of room_queue_'s, taken from it.
+void Job::RequestCopy(UnitIndex unit, bool first) {
   UnitState& u = units_[unit];
   if (window_.copy(unit) == Window::Copy::kFilling) {
     if (!u.forecast) return;
@@ -129,6 +130,13 @@ void Job::RequestCopy(UnitIndex unit) {
     forecast_elements_in_flight_ -= spec_.layout->units()[unit].elements;
     return Tell(Want{unit, committed_, /*demand=*/true, /*again=*/true});
   }
+  // The queue moves on with every copy that arrives, and none of those waits for a client.
+  const auto queue = [&] {
+    if (std::find(room_queue_.begin(), room_queue_.end(), unit) == room_queue_.end()) {
+      room_queue_.push_back(unit);
+    }
+  };
+  if (!first && !room_queue_.empty()) return queue();
   absl::Status error;
   switch (window_.Reserve(unit, /*demand=*/true, [this](UnitIndex v) { return NextUse(v); },
                           &error)) {
@@ -137,9 +145,7 @@ void Job::RequestCopy(UnitIndex unit) {
       Tell(Want{unit, committed_, /*demand=*/true});
       break;
     case Window::Room::kLater:
-      if (std::find(room_queue_.begin(), room_queue_.end(), unit) == room_queue_.end()) {
-        room_queue_.push_back(unit);
-      }
+      queue();
       break;
     case Window::Room::kNone:
       AnswerAll(&u.waiters, error);
@@ -154,7 +160,7 @@ void Job::RetryRoom() {
     UnitIndex unit = room_queue_.front();
     room_queue_.pop_front();
     if (units_[unit].waiters.empty() || window_.copy(unit) != Window::Copy::kAbsent) continue;
-    RequestCopy(unit);
+    RequestCopy(unit, /*first=*/true);
     if (!room_queue_.empty() && room_queue_.back() == unit) {
       room_queue_.pop_back();
       room_queue_.push_front(unit);
@@ -471,8 +477,17 @@ void Job::MaybeReportScalars() {
 void Job::OnDetach(SlotIndex slot, uint64_t cookie) {
   if (!Attached(slot)) return;
   Answer({slot, cookie}, absl::OkStatus());
-  slots_[slot].state = SlotState::kLeft;
-  Tell(ClientGone{slots_[slot].rank, /*left=*/true, "it detached"});
+  Slot& s = slots_[slot];
+  const bool left = state_ != JobState::kForming;
+  if (left) {
+    s.state = SlotState::kLeft;
+    Tell(ClientGone{s.rank, left, "it detached"});
+  } else {
+    // Like one that never came, and it may come again.
+    s.state = SlotState::kDead;
+    ForgetScalars(slot);
+    Tell(ClientGone{s.rank, left, "it detached before all ranks had come"});
+  }
   Pump();
 }
 

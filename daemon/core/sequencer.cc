@@ -56,7 +56,8 @@ double Combine(ScalarOp op, double a, double b) {
 Sequencer::Sequencer(const JobSpec* spec, std::vector<bool> gather_after_commit)
     : spec_(spec), partition_(*spec->layout, spec->members),
       gather_after_commit_(std::move(gather_after_commit)), members_(spec->members),
-      attached_(spec->world, false), wants_(spec->layout.get(), spec->in_flight_elements),
+      attached_(spec->world, false), attached_at_(spec->world, 0),
+      wants_(spec->layout.get(), spec->in_flight_elements),
       reduced_round_(spec->layout->units().size(), 0) {
   if (spec->loss_scale.has_value()) loss_scaler_.emplace(*spec->loss_scale);
   ResetStep();
@@ -140,8 +141,7 @@ absl::Status Sequencer::OnItem(MemberIndex from, const ReportItem& item, std::ve
   }
   if (const auto* a = std::get_if<ClientAttached>(&item)) {
     if (a->rank >= spec_->world) return BadMessage(from, "a rank beyond the world");
-    attached_[a->rank] = true;
-    MaybeStart(out);
+    OnAttached(from, a->rank, out);
     return absl::OkStatus();
   }
   if (const auto* g = std::get_if<ClientGone>(&item)) {
@@ -196,7 +196,26 @@ void Sequencer::MaybeStart(std::vector<Entry>* out) {
   Add(EntryKind::kStart, out).step = committed_;
 }
 
+void Sequencer::OnAttached(MemberIndex from, Rank rank, std::vector<Entry>* out) {
+  // Else the generation would wait forever for the rank that one of the two should have been.
+  if (attached_[rank] && attached_at_[rank] != from) {
+    return EndGeneration({rank, /*left=*/false,
+                          absl::StrCat("the nodes ", attached_at_[rank], " and ", from,
+                                       " each have a process of this rank: give every process a "
+                                       "RANK of its own")},
+                         out);
+  }
+  attached_[rank] = true;
+  attached_at_[rank] = from;
+  MaybeStart(out);
+}
+
 void Sequencer::OnGone(const ClientGone& g, std::vector<Entry>* out) {
+  if (!running_) {
+    // The generation still forms: it goes on waiting for this rank, as for one that never came.
+    attached_[g.rank] = false;
+    return;
+  }
   if (g.left) {
     // Not between NORM and COMMIT: that step completes, and its clients must not be told that it
     // does not.
@@ -204,19 +223,14 @@ void Sequencer::OnGone(const ClientGone& g, std::vector<Entry>* out) {
     Leave(g.rank, out);
     return;
   }
-  if (!running_) {
-    // The generation still forms: it goes on waiting for this rank, as for one that never came.
-    attached_[g.rank] = false;
-    return;
-  }
-  if (norm_appended_) {
-    // All clients have sent their STEP: the members finish it by themselves, then the
-    // generation ends. No step is half done when clients attach anew.
-    pending_death_ = g;
-    return;
-  }
-  pending_death_ = g;
-  NewGeneration(out);
+  EndGeneration(g, out);
+}
+
+void Sequencer::EndGeneration(ClientGone why, std::vector<Entry>* out) {
+  pending_death_ = std::move(why);
+  // Once all clients have sent their STEP the members finish it by themselves, then the generation
+  // ends. No step is half done when clients attach anew.
+  if (!norm_appended_) NewGeneration(out);
 }
 
 void Sequencer::Leave(Rank rank, std::vector<Entry>* out) {

@@ -59,6 +59,7 @@ class Sequencer {
   absl::Status OnMeasured(MemberIndex from, const TensorsMeasured& t, std::vector<Entry>* out);
   absl::Status OnScalar(MemberIndex from, const ScalarReady& s, std::vector<Entry>* out);
   void Reduce(const std::map<Rank, ScalarValues>& by_rank, Entry* e) const;
+  void OnAttached(MemberIndex from, Rank rank, std::vector<Entry>* out);
   void OnGone(const ClientGone& g, std::vector<Entry>* out);
   absl::Status CheckRange(UnitIndex unit, uint64_t begin, uint64_t count) const;
 
@@ -73,6 +74,7 @@ class Sequencer {
   void GatherResident(const std::vector<bool>& touched, std::vector<Entry>* out);
   void AfterCommit(std::vector<Entry>* out);
   void Leave(Rank rank, std::vector<Entry>* out);
+  void EndGeneration(ClientGone why, std::vector<Entry>* out);
   void NewGeneration(std::vector<Entry>* out);
   std::string Disagreement() const;
   std::string Untouched(const std::vector<bool>& touched) const;
@@ -84,6 +86,7 @@ class Sequencer {
   const std::vector<bool> gather_after_commit_;
   std::vector<MemberState> members_;
   std::vector<bool> attached_;
+  std::vector<MemberIndex> attached_at_;  // where attached_
   uint64_t generation_ = 1;
   bool running_ = false;
   uint64_t next_seq_ = 1;

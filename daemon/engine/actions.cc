@@ -8,8 +8,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "base/clock.h"
 #include "daemon/engine/apply.h"
-#include "daemon/engine/clock.h"
 #include "daemon/engine/job_runner_impl.h"
 
 namespace zerod::engine {
@@ -102,12 +102,12 @@ void JobRunnerImpl::Do(core::Complete& action) {
     std::copy_n(values.begin(), std::min<size_t>(values.size(), shm::kScalarsMax),
                 page->scalar.value);
   }
-  if (request.op == shm::Op::kStep && first_step_at_.has_value()) {
-    if (action.step.has_value()) {
-      last_step_seconds_ = SecondsSince(*first_step_at_);
-      metrics_->Observe(metrics::Latency::kStep, last_step_seconds_);
-    }
-    first_step_at_.reset();
+  // Once per step, with the last of its answers; a STEP that was asked again is none of them.
+  if (request.op == shm::Op::kStep && action.step.has_value() && !OldestStep().has_value() &&
+      observed_step_ != job_->committed()) {
+    observed_step_ = job_->committed();
+    last_step_seconds_ = SecondsSince(last_step_at_);
+    metrics_->Observe(metrics::Latency::kStep, last_step_seconds_);
   }
   if (action.step.has_value()) {
     page->grad_norm = action.step->grad_norm;
@@ -160,7 +160,6 @@ void JobRunnerImpl::Do(core::DropGradients&) {
   book_->Drop();
   GiveSideMemoryBack();
   for (SlotInfo& slot : slots_) slot.pending_blob.reset();
-  first_step_at_.reset();
 }
 
 void JobRunnerImpl::Do(core::End& action) {

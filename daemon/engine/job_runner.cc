@@ -13,8 +13,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "base/clock.h"
 #include "base/status.h"
-#include "daemon/engine/clock.h"
 #include "daemon/engine/job_runner_impl.h"
 #include "daemon/engine/job_spec.h"
 #include "kernels/cpu/kernels.h"
@@ -254,7 +254,7 @@ absl::StatusOr<Attachment> JobRunnerImpl::BeginAttach(const ClientInfo& info) {
         "' is the living process ", slot.client->pid, ". Wait for its end, or end it"));
   }
   RETURN_IF_ERROR(job_->OnAttach(info.local_rank, info.rank));
-  if (slot.client != nullptr) StopServing(slot.client.get());
+  if (slot.client != nullptr) Forget(slot.client.get());
   slot.client.reset();
   slot.pending_blob.reset();
   slot.preparing = true;

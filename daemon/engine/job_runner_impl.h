@@ -98,9 +98,11 @@ class JobRunnerImpl : public JobRunner {
   void HandleEvent(uint64_t data);
   void OnProcessDied(core::SlotIndex slot);
   void StopServing(ClientSlot* client);
+  void Forget(ClientSlot* client);  // the same, and its death is no longer waited for
   absl::Duration CheckTimers();  // until the next one
   void ReportGauges();
   uint32_t AttachedClients() const;
+  std::optional<absl::Time> OldestStep() const;  // since when a STEP waits for its answer
   uint32_t LivingProcesses() const;
 
   // requests.cc
@@ -192,7 +194,8 @@ class JobRunnerImpl : public JobRunner {
   std::thread connector_;  // while the fabric connects
   bool over_ = false;      // core has said End
   bool norm_was_needed_ = false;
-  std::optional<absl::Time> first_step_at_;     // the oldest unanswered STEP
+  core::Step observed_step_ = 0;  // the last whose time was measured
+  absl::Time last_step_at_;  // when the last STEP of the step under way came
   std::optional<absl::Time> forming_since_;     // some client waits for the others
   bool was_occupied_ = false;  // some trainer has attached
   std::optional<absl::Time> deserted_since_;    // no client's process lives

@@ -40,7 +40,11 @@ core::JobSpec MakeJobSpec(const JobRequest& request, const core::JobPlan& plan) 
   core::JobSpec spec;
   spec.id = request.id;
   spec.layout = request.layout;
-  spec.config_hash = Hasher().Add(config.ToJson()).Finish();
+  // The plan with it: "auto" may come out differently where the nodes' memory differs.
+  spec.config_hash = Hasher()
+                         .Add(config.ToJson())
+                         .Add(absl::string_view(plan.node_sum ? "node_sum" : "per_rank"))
+                         .Finish();
   spec.world = request.world;
   spec.members = request.members;
   spec.self = request.self;

@@ -7,10 +7,12 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
-#include "daemon/engine/clock.h"
+#include "base/clock.h"
 #include "daemon/engine/job_runner_impl.h"
 
 namespace zerod::engine {
@@ -36,10 +38,11 @@ void JobRunnerImpl::Loop() {
     const absl::Duration limit = CheckTimers();
     RunActions();
     ReportGauges();
-    if (!PrepareSleep()) continue;
+    // A ring that never runs empty must not keep deaths unseen.
+    const bool idle = PrepareSleep() && !busy;
     epoll_event events[16];
     const int timeout_ms =
-        busy ? 0 : static_cast<int>(absl::ToInt64Milliseconds(absl::Ceil(
+        !idle ? 0 : static_cast<int>(absl::ToInt64Milliseconds(absl::Ceil(
                        std::min(limit, kTimerMax), absl::Milliseconds(1))));
     const int count = epoll_wait(epoll_.get(), events, 16, timeout_ms);
     CancelSleep();
@@ -74,19 +77,24 @@ void JobRunnerImpl::StopServing(ClientSlot* client) {
   client->pending.clear();
 }
 
+// Its descriptors have duplicates elsewhere, so closing them would not take them out of the set.
+void JobRunnerImpl::Forget(ClientSlot* client) {
+  StopServing(client);
+  epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, client->pidfd(), nullptr);
+}
+
 void JobRunnerImpl::OnProcessDied(core::SlotIndex slot) {
   const std::shared_ptr<ClientSlot> client = slots_[slot].client;
   if (client == nullptr || client->state == ClientSlot::State::kDead) return;
-  // What it said before it died counts: a DETACH and the exit often come together.
-  while (client->state == ClientSlot::State::kAttached && Serve(slot, kServeBatch)) {
-  }
+  // What it said before it died counts: a DETACH and the exit often come together. A ring has room
+  // for so much; what comes on top comes from whom it shared its memory with.
+  Serve(slot, shm::kRingEntries);
   RunActions();
-  epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, client->pidfd(), nullptr);
-  StopServing(client.get());
-  const bool left = client->state == ClientSlot::State::kLeft;
-  client->state = ClientSlot::State::kDead;
-  if (left) return;
-  metrics_->CountClientDeath();
+  Forget(client.get());
+  const ClientSlot::State before = std::exchange(client->state, ClientSlot::State::kDead);
+  if (before == ClientSlot::State::kLeft) return;
+  // Who was told that the generation is over only follows.
+  if (before == ClientSlot::State::kAttached) metrics_->CountClientDeath();
   job_->OnClientGone(slot, absl::StrCat("process ", client->pid, " died"));
   RunActions();
 }
@@ -97,6 +105,18 @@ uint32_t JobRunnerImpl::AttachedClients() const {
     if (slot.client != nullptr && slot.client->state == ClientSlot::State::kAttached) ++count;
   }
   return count;
+}
+
+std::optional<absl::Time> JobRunnerImpl::OldestStep() const {
+  std::optional<absl::Time> oldest;
+  for (const SlotInfo& slot : slots_) {
+    if (slot.client == nullptr) continue;
+    for (const auto& [cookie, request] : slot.client->pending) {
+      if (request.op != shm::Op::kStep) continue;
+      oldest = std::min(oldest.value_or(request.since), request.since);
+    }
+  }
+  return oldest;
 }
 
 uint32_t JobRunnerImpl::LivingProcesses() const {
@@ -124,6 +144,9 @@ absl::Duration JobRunnerImpl::CheckTimers() {
     next = std::min(next, left);
     return false;
   };
+  // Of no use where there is no limit.
+  std::optional<absl::Time> step_since =
+      config.step_timeout_seconds > 0 ? OldestStep() : std::nullopt;
   const bool deserted = LivingProcesses() == 0;
   was_occupied_ |= AttachedClients() > 0;
   // The trainer that made the job is about to attach, however short a dead one is waited for.
@@ -140,8 +163,7 @@ absl::Duration JobRunnerImpl::CheckTimers() {
     job_->OnFail(absl::DeadlineExceededError(absl::StrCat(
         "job '", request_.id, "' could not start within ", config.attach_timeout_seconds,
         " seconds (zerod.attach_timeout_seconds): ", job_->WaitingFor())));
-  } else if (config.step_timeout_seconds > 0 && first_step_at_.has_value() &&
-             expired(true, &first_step_at_, config.step_timeout_seconds)) {
+  } else if (expired(step_since.has_value(), &step_since, config.step_timeout_seconds)) {
     job_->OnFail(absl::DeadlineExceededError(
         absl::StrCat("step ", job_->committed() + 1, " of job '", request_.id,
                      "' was not complete ", config.step_timeout_seconds,

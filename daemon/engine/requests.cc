@@ -7,8 +7,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/clock.h"
 #include "base/status.h"
-#include "daemon/engine/clock.h"
 #include "daemon/engine/job_runner_impl.h"
 
 namespace zerod::engine {
@@ -92,6 +92,7 @@ void JobRunnerImpl::Reject(ClientSlot* client, const absl::Status& why) {
   client->ring().Fail(why.code(), text);
   client->state = ClientSlot::State::kFailed;  // its process lives, and so do its holds
   StopServing(client);
+  metrics_->CountClientDeath();
   job_->OnClientGone(client->slot, text);
 }
 
@@ -258,7 +259,7 @@ absl::Status JobRunnerImpl::HandleStep(ClientSlot* client, const shm::SubmitEntr
     std::string blob(entry.arg0, '\0');
     shm::CopyShared(blob.data(), client->transfer() + plan_.transfer_values_bytes, blob.size());
     slot.pending_blob.emplace(entry.step, std::move(blob));
-    if (!first_step_at_.has_value()) first_step_at_ = MonotonicNow();
+    last_step_at_ = MonotonicNow();
   }
   job_->OnStep(client->slot, entry.cookie, entry.step, hyper, trace);
   return absl::OkStatus();

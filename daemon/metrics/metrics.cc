@@ -35,7 +35,7 @@ struct Described {
 constexpr size_t kLatencies = 7;
 constexpr Described kLatency[kLatencies] = {
     {"zerod_gather_seconds", "From a client's GATHER request to its completion."},
-    {"zerod_scatter_seconds", "From a client's SCATTER request to its completion."},
+    {"zerod_scatter_seconds", "From a client's SCATTER request to its completion (node_sum)."},
     {"zerod_step_seconds", "From the last local client's STEP to the step's completion."},
     {"zerod_apply_seconds", "One unit's optimizer pass."},
     {"zerod_reduce_seconds", "One unit's reduction between the members."},

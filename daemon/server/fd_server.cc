@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "base/clock.h"
 #include "base/status.h"
 #include "proto/shm/fd_socket.h"
 
@@ -115,7 +115,7 @@ void FdServer::Accept() {
       if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS) {
         // The listener stays readable: look away for a moment instead of spinning.
         accepting_ = false;
-        accept_after_ = absl::Now() + kAcceptPause;
+        accept_after_ = MonotonicNow() + kAcceptPause;
         epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, listener_.fd(), nullptr);
       }
       return;
@@ -146,7 +146,7 @@ void FdServer::Accept() {
     connection.socket = std::move(socket);
     connection.pidfd = *std::move(pidfd);
     connection.peer = *std::move(peer);
-    connection.hello_deadline = absl::Now() + limits_.fd_hello;
+    connection.hello_deadline = MonotonicNow() + limits_.fd_hello;
     if (!Watch(fd, Key(kSocket, id), EPOLLIN | EPOLLRDHUP).ok() ||
         !Watch(connection.pidfd.get(), Key(kPidfd, id), EPOLLIN).ok()) {
       Close(id);
@@ -243,7 +243,7 @@ void FdServer::Close(uint64_t id) {
 }
 
 absl::Duration FdServer::Expire() {
-  const absl::Time now = absl::Now();
+  const absl::Time now = MonotonicNow();
   if (!accepting_ && now >= accept_after_) {
     accepting_ = Watch(listener_.fd(), Key(kListener, 0), EPOLLIN).ok();
     if (!accepting_) accept_after_ = now + kAcceptPause;

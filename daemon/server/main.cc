@@ -15,7 +15,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "base/clock.h"
 #include "daemon/server/options.h"
 #include "daemon/server/server.h"
 #include "daemon/server/systemd.h"
@@ -80,7 +80,7 @@ class MainLoop {
     poll(&waiting, 1, static_cast<int>(std::max<int64_t>(1, absl::ToInt64Milliseconds(tick))));
     signalfd_siginfo info{};
     while (read(signals_, &info, sizeof(info)) == sizeof(info)) OnSignal(info);
-    const absl::Time now = absl::Now();
+    const absl::Time now = MonotonicNow();
     if (watchdog_.has_value() && now >= next_watchdog_) {
       Notify("WATCHDOG=1");
       next_watchdog_ = now + *watchdog_ / 2;
@@ -95,13 +95,13 @@ class MainLoop {
     }
     spdlog::info("{}: jobs have {} to end", name, absl::FormatDuration(options_.limits.drain));
     server_->Drain(/*closed=*/true);
-    deadline_ = absl::Now() + options_.limits.drain;
+    deadline_ = MonotonicNow() + options_.limits.drain;
     Notify(absl::StrCat("STOPPING=1\nSTATUS=draining\nEXTEND_TIMEOUT_USEC=",
                         absl::ToInt64Microseconds(options_.limits.drain + kEndJobsWait)));
   }
 
   bool Finished() {
-    const absl::Time now = absl::Now();
+    const absl::Time now = MonotonicNow();
     if (now >= deadline_) return true;
     const bool busy = server_->jobs() > 0;
     if (server_->draining() && !busy) return true;
@@ -125,7 +125,7 @@ class MainLoop {
   std::optional<absl::Duration> watchdog_;
   absl::Time next_watchdog_ = absl::InfinitePast();
   absl::Time deadline_ = absl::InfiniteFuture();  // of a drain by signal
-  absl::Time last_busy_ = absl::Now();
+  absl::Time last_busy_ = MonotonicNow();
 };
 
 int Main(int argc, char** argv) {

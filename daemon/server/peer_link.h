@@ -13,8 +13,8 @@
 #include <utility>
 
 #include "absl/status/status.h"
-#include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "base/clock.h"
 #include "daemon/core/types.h"
 #include "daemon/server/grpc_status.h"
 #include "daemon/server/limits.h"
@@ -53,7 +53,7 @@ class Link {
 template <typename Reactor, typename In, typename Out>
 class LinkEnd : public Reactor, public Link {
  public:
-  explicit LinkEnd(const Limits& limits) : limits_(limits), heard_(absl::Now()) {}
+  explicit LinkEnd(const Limits& limits) : limits_(limits), heard_(MonotonicNow()) {}
 
   void Send(std::string payload) override {
     const size_t bytes = payload.size();
@@ -107,7 +107,7 @@ class LinkEnd : public Reactor, public Link {
     }
     {
       std::lock_guard lock(mu_);
-      heard_ = absl::Now();
+      heard_ = MonotonicNow();
     }
     if (Handle(&in_)) this->StartRead(&in_);
   }

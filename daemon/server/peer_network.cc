@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "base/clock.h"
 #include "base/status.h"
 #include "daemon/server/peer_link.h"
 #include "daemon/server/peers.h"
@@ -42,7 +44,7 @@ class JobPeersImpl final : public JobPeers,
         limits_(limits),
         map_(limits),
         members_(job_.members),
-        join_deadline_(absl::Now() + job_.join_timeout),
+        join_deadline_(MonotonicNow() + job_.join_timeout),
         retry_delay_(limits.link_retry_min) {
     if (job_.self == 0) return;
     grpc::ChannelArguments arguments;
@@ -81,7 +83,7 @@ class JobPeersImpl final : public JobPeers,
   }
   void OnGoodbye(uint32_t member) override {
     std::lock_guard lock(mu_);
-    members_[member].goodbye_deadline = absl::Now() + limits_.goodbye;
+    members_[member].goodbye_deadline = MonotonicNow() + limits_.goodbye;
   }
   void OnDown(uint32_t member, const absl::Status& why) override;
 
@@ -195,7 +197,7 @@ void JobPeersImpl::OnDown(uint32_t member, const absl::Status& why) {
         case absl::StatusCode::kUnavailable:       // it has not started yet
         case absl::StatusCode::kDeadlineExceeded:
         case absl::StatusCode::kCancelled:
-          next_try_ = absl::Now() + retry_delay_;
+          next_try_ = MonotonicNow() + retry_delay_;
           retry_delay_ = std::min(retry_delay_ * 2, limits_.link_retry_max);
           return;
         default: break;
@@ -273,7 +275,7 @@ void JobPeersImpl::OpenLink() {
                               [weak](ClientLink* link) {
                                 if (auto self = weak.lock()) self->OnAccepted(link);
                               });
-  opening_deadline_ = absl::Now() + std::max(limits_.lease, limits_.link_connect);
+  opening_deadline_ = MonotonicNow() + std::max(limits_.lease, limits_.link_connect);
 }
 
 void JobPeersImpl::OnAccepted(ClientLink* link) {
@@ -492,11 +494,11 @@ grpc::Status PeerNetworkImpl::GetKey(grpc::ServerContext* context,
 }
 
 void PeerNetworkImpl::RunTicker() {
-  absl::Time next_heartbeat = absl::Now();
+  absl::Time next_heartbeat = MonotonicNow();
   for (;;) {
     std::vector<std::shared_ptr<JobPeersImpl>> jobs;
     std::vector<std::shared_ptr<ServerLink>> silent;
-    const absl::Time now = absl::Now();
+    const absl::Time now = MonotonicNow();
     {
       std::unique_lock lock(mu_);
       wake_.wait_for(lock, absl::ToChronoMilliseconds(kTick), [this] { return stopping_; });

@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "base/clock.h"
 #include "daemon/server/grpc_status.h"
 
 namespace zerod::server {
@@ -40,13 +41,13 @@ absl::Status RemoteRendezvous::Set(const std::string& key, const std::string& va
 }
 
 absl::StatusOr<std::string> RemoteRendezvous::Get(const std::string& key, absl::Duration timeout) {
-  const absl::Time deadline = absl::Now() + timeout;
+  const absl::Time deadline = MonotonicNow() + timeout;
   v1::GetKeyRequest request;
   *request.mutable_credentials() = credentials_;
   request.set_key(key);
   for (;;) {
     if (closed_) return Closed();
-    const absl::Time now = absl::Now();
+    const absl::Time now = MonotonicNow();
     if (now >= deadline) {
       return absl::DeadlineExceededError(absl::StrCat("no member has set the rendezvous key \"",
                                                       key, "\" in ",
@@ -54,7 +55,7 @@ absl::StatusOr<std::string> RemoteRendezvous::Get(const std::string& key, absl::
     }
     grpc::ClientContext context;
     context.set_deadline(
-        absl::ToChronoTime(now + std::min(deadline - now, limits_.rendezvous_slice)));
+        absl::ToChronoTime(absl::Now() + std::min(deadline - now, limits_.rendezvous_slice)));
     v1::GetKeyResponse response;
     const grpc::Status status = stub_->GetKey(&context, request, &response);
     if (status.ok()) return response.value();

@@ -12,6 +12,7 @@
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "base/clock.h"
 #include "base/status.h"
 #include "daemon/engine/job_runner.h"  // and the arena that it is given
 #include "daemon/metrics/metrics.h"
@@ -77,7 +78,7 @@ class ServerImpl final : public Server {
 };
 
 absl::Status ServerImpl::Start() {
-  identity_.started = absl::Now();
+  identity_.started = MonotonicNow();
   ASSIGN_OR_RETURN(identity_.boot_id, MakeBootId());
   ASSIGN_OR_RETURN(SocketLock lock, SocketLock::Acquire(options_.socket));
   lock_ = std::make_unique<SocketLock>(std::move(lock));

@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "base/clock.h"
 #include "daemon/server/attach_messages.h"
 #include "daemon/server/grpc_status.h"
 #include "daemon/server/plan_messages.h"
@@ -131,7 +131,7 @@ grpc::Status AdminService::Status(grpc::ServerContext* /*context*/,
   response->set_version(ZEROD_VERSION);
   response->set_boot_id(identity_->boot_id);
   response->set_pid(static_cast<uint64_t>(getpid()));
-  response->set_uptime_seconds(absl::ToDoubleSeconds(absl::Now() - identity_->started));
+  response->set_uptime_seconds(absl::ToDoubleSeconds(MonotonicNow() - identity_->started));
   response->set_draining(jobs_->admission() != Admission::kOpen);
   response->set_jobs(static_cast<uint32_t>(jobs_->size()));
   response->set_clients(static_cast<uint32_t>(sessions_->size()));

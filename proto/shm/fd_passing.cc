@@ -7,18 +7,24 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 
 namespace zerod::shm {
 namespace {
 
+using SteadyTime = std::chrono::steady_clock::time_point;
+
+SteadyTime After(absl::Duration timeout) {
+  return std::chrono::steady_clock::now() + absl::ToChronoNanoseconds(timeout);
+}
+
 // OK when `socket` is ready for `events` (or has an error, which the next call will tell).
-absl::Status WaitReady(int socket, short events, absl::Time deadline, const char* doing) {
+absl::Status WaitReady(int socket, short events, SteadyTime deadline, const char* doing) {
   for (;;) {
-    const absl::Duration left = deadline - absl::Now();
+    const absl::Duration left = absl::FromChrono(deadline - std::chrono::steady_clock::now());
     // Rounded up, so that the last fraction of a millisecond does not become a busy loop.
     const int64_t left_ms = std::clamp<int64_t>(
         absl::ToInt64Milliseconds(absl::Ceil(left, absl::Milliseconds(1))), 0, 1 << 30);
@@ -28,7 +34,7 @@ absl::Status WaitReady(int socket, short events, absl::Time deadline, const char
     if (ready < 0 && errno != EINTR) {
       return absl::InternalError(absl::StrCat("cannot wait on the fd socket: ", strerror(errno)));
     }
-    if (ready == 0 && absl::Now() >= deadline) {
+    if (ready == 0 && std::chrono::steady_clock::now() >= deadline) {
       return absl::DeadlineExceededError(
           absl::StrCat("the other end of the fd socket did not answer in time while ", doing));
     }
@@ -68,7 +74,7 @@ absl::Status SendFds(int socket, const void* message, size_t bytes, absl::Span<c
         absl::StrCat("a message has at least one byte and at most ", kFdsMax,
                      " descriptors; asked for ", bytes, " bytes with ", fds.size()));
   }
-  const absl::Time deadline = absl::Now() + timeout;
+  const SteadyTime deadline = After(timeout);
   alignas(cmsghdr) char control[CMSG_SPACE(kFdsMax * sizeof(int))] = {};
   size_t sent = 0;
   while (sent < bytes) {
@@ -102,7 +108,7 @@ absl::Status SendFds(int socket, const void* message, size_t bytes, absl::Span<c
 
 absl::StatusOr<std::vector<UniqueFd>> ReceiveFds(int socket, void* message, size_t bytes,
                                                  size_t fds_max, absl::Duration timeout) {
-  const absl::Time deadline = absl::Now() + timeout;
+  const SteadyTime deadline = After(timeout);
   std::vector<UniqueFd> fds;
   size_t received = 0;
   while (received < bytes) {

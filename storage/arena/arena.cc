@@ -30,8 +30,9 @@ namespace zerod::arena {
 namespace {
 
 // Memory is populated in pieces of this size, and asked for again before each: populating takes
-// about a second per GiB, in which somebody else may take what was there.
-constexpr size_t kPopulatePieceBytes = size_t{256} << 20;
+// about a second per GiB, in which somebody else may take what was there. Of a piece under way the
+// kernel's number and `pending` count some pages twice, so that small ones refuse less in vain.
+constexpr size_t kPopulatePieceBytes = size_t{64} << 20;
 // Larger requests are a mistake; the bound keeps sums below from wrapping.
 constexpr uint64_t kRegionBytesMax = uint64_t{1} << 46;
 
@@ -92,26 +93,30 @@ struct Arena::Impl {
   Impl(std::unique_ptr<MemorySource> memory_source, uint64_t reserve)
       : reserve_bytes(reserve), source(std::move(memory_source)) {}
 
-  absl::Status AdmitLocked(uint64_t bytes, absl::string_view what)
+  // `others`: what the rest of the daemon was promised and has not taken.
+  absl::Status AdmitLocked(uint64_t bytes, uint64_t others, absl::string_view what)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex);
 
   const uint64_t reserve_bytes;
-  // Held while pages are populated, so that two requests are not admitted for the same memory.
+  // Never held while pages are populated: one job's gigabytes would keep another's loop waiting.
   mutable absl::Mutex mutex;
   std::unique_ptr<MemorySource> source ABSL_GUARDED_BY(mutex);
+  // Admitted and not populated yet, so that two requests are not admitted for the same memory.
+  uint64_t pending ABSL_GUARDED_BY(mutex) = 0;
   std::atomic<uint64_t> populated{0};
 };
 
-absl::Status Arena::Impl::AdmitLocked(uint64_t bytes, absl::string_view what) {
+absl::Status Arena::Impl::AdmitLocked(uint64_t bytes, uint64_t others, absl::string_view what) {
   ASSIGN_OR_RETURN(const Available available, source->Read());
-  const uint64_t usable =
-      available.bytes > reserve_bytes ? available.bytes - reserve_bytes : 0;
+  const uint64_t spoken_for = reserve_bytes + others;
+  const uint64_t usable = available.bytes > spoken_for ? available.bytes - spoken_for : 0;
   if (bytes <= usable) return absl::OkStatus();
   return absl::ResourceExhaustedError(absl::StrCat(
       what, " needs ", Human(bytes), " (", bytes, " bytes), and ", Human(usable), " (", usable,
       " bytes) can be had: ", available.limited_by, " leaves ", available.bytes, " bytes, ",
-      reserve_bytes, " of which are kept for the rest of the machine, and this daemon holds ",
-      populated.load(std::memory_order_relaxed),
+      reserve_bytes, " of which are kept for the rest of the machine",
+      others == 0 ? "" : absl::StrCat(" and ", others, " for what is being reserved now"),
+      ", and this daemon holds ", populated.load(std::memory_order_relaxed),
       " bytes already. Free memory, raise that limit, use more nodes, or ask for less"));
 }
 
@@ -122,7 +127,7 @@ Arena::~Arena() = default;
 
 absl::Status Arena::Admit(uint64_t bytes, absl::string_view what) {
   absl::MutexLock lock(&impl_->mutex);
-  return impl_->AdmitLocked(bytes, what);
+  return impl_->AdmitLocked(bytes, impl_->pending, what);
 }
 
 uint64_t Arena::reserved_bytes() const {
@@ -207,29 +212,45 @@ absl::Status Region::Populate(size_t to_bytes) {
   const size_t end = RoundUpToPages(to_bytes);
   if (end <= populated_) return absl::OkStatus();
   Arena::Impl& arena = *arena_->impl_;
-  absl::MutexLock lock(&arena.mutex);
   absl::Status status;
   size_t at = populated_;
-  while (status.ok() && at < end) {
-    status = arena.AdmitLocked(end - at, name_);
-    if (!status.ok()) break;
+  uint64_t pending = 0;  // of this call, in arena.pending
+  uint64_t counted = 0;  // of this call, in arena.populated
+  while (at < end) {
+    {
+      absl::MutexLock lock(&arena.mutex);
+      // Later pieces were promised already, and whoever came since was told so.
+      const uint64_t others = at == populated_ ? arena.pending : 0;
+      arena.pending -= std::exchange(pending, 0);
+      status = arena.AdmitLocked(end - at, others, name_);
+      if (!status.ok()) break;
+      pending = end - at;
+      arena.pending += pending;
+    }
     const size_t piece = std::min(end - at, kPopulatePieceBytes);
-    if (const int error = PopulatePages(data_, at, piece, fd_); error != 0) {
+    const int error = PopulatePages(data_, at, piece, fd_);
+    at += piece;
+    if (error != 0) {
       status = absl::ResourceExhaustedError(
           absl::StrCat(name_, ": the kernel refused to reserve ", end - populated_,
                        " bytes that seemed to be there (", strerror(error),
                        "); free memory or ask for less"));
+      break;
     }
-    at += piece;
+    arena.populated.fetch_add(piece, std::memory_order_relaxed);
+    counted += piece;
+  }
+  if (pending > 0) {
+    absl::MutexLock lock(&arena.mutex);
+    arena.pending -= pending;
   }
   if (!status.ok()) {
     // Give back what this call took. A file sealed against writes cannot be punched (EPERM):
     // there the pages wait for the next Populate(), or for the end of the region.
-    madvise(data_ + populated_, std::min(at, end) - populated_,
-            fd_ >= 0 ? MADV_REMOVE : MADV_DONTNEED);
+    madvise(data_ + populated_, at - populated_, fd_ >= 0 ? MADV_REMOVE : MADV_DONTNEED);
+    arena.populated.fetch_sub(counted, std::memory_order_relaxed);
     return status;
   }
-  arena.populated.fetch_add(end - populated_, std::memory_order_relaxed);
   populated_ = end;
   return absl::OkStatus();
 }

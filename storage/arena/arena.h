@@ -57,8 +57,9 @@ class Region {
   int fd() const { return fd_; }                   // -1: private. Owned by the region; O_CLOEXEC.
   explicit operator bool() const { return data_ != nullptr; }
 
-  // Reserves [populated_bytes(), to_bytes) for real. RESOURCE_EXHAUSTED with the numbers, the
-  // region unchanged, where it is not there.
+  // Reserves [populated_bytes(), to_bytes) for real, which takes about a second per GiB; the
+  // arena's other callers need not wait for that. RESOURCE_EXHAUSTED with the numbers, the region
+  // unchanged, where it is not there.
   absl::Status Populate(size_t to_bytes);
 
  private:
@@ -87,7 +88,7 @@ class Arena {
   absl::StatusOr<Region> Allocate(absl::string_view name, uint64_t bytes, uint64_t populate_bytes,
                                   Access access);
 
-  // Sum of populated bytes of the living regions.
+  // Sum of populated bytes of the living regions, what Populate() has done so far included.
   uint64_t reserved_bytes() const;
 
  private:

@@ -10,8 +10,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstring>
 #include <filesystem>
+#include <thread>
 #include <vector>
 
 namespace zerod::arena {
@@ -96,6 +98,73 @@ TEST_F(ArenaTest, SillySizesAreRefused) {
            {0, 0}, {1, 2}, {~uint64_t{0}, 0}, {uint64_t{1} << 63, 0}}) {
     EXPECT_EQ(arena_.Allocate("x", bytes, populate, Access::kPrivate).status().code(),
               absl::StatusCode::kInvalidArgument);
+  }
+}
+
+// Gigabytes of one job must not keep the loop of another waiting.
+TEST_F(ArenaTest, WhatIsBeingPopulatedKeepsNobodyWaiting) {
+  constexpr uint64_t kLarge = 768 * kMiB;
+  std::atomic<bool> done{false};
+  std::thread slow([&] {
+    auto large = arena_.Allocate("large", kLarge, kLarge, Access::kPrivate);
+    done = true;
+    EXPECT_TRUE(large.ok()) << large.status();
+  });
+  while (arena_.reserved_bytes() == 0 && !done) std::this_thread::yield();
+  bool meanwhile = false;
+  while (!done) {
+    auto small = arena_.Allocate("small", 4096, 4096, Access::kPrivate);
+    ASSERT_TRUE(small.ok()) << small.status();
+    meanwhile = meanwhile || !done;
+  }
+  slow.join();
+  EXPECT_TRUE(meanwhile);
+}
+
+// A machine whose free memory is what the arena has not taken yet.
+class ShrinkingSource : public MemorySource {
+ public:
+  ShrinkingSource(uint64_t bytes, Arena** arena) : bytes_(bytes), arena_(arena) {}
+  absl::StatusOr<Available> Read() override {
+    return Available{bytes_ - (*arena_)->reserved_bytes(), "/fake/memory.max"};
+  }
+
+ private:
+  const uint64_t bytes_;
+  Arena** const arena_;
+};
+
+TEST(ArenaThreadsTest, TheSameMemoryIsPromisedOnce) {
+  constexpr uint64_t kCapacity = 80 * kMiB;
+  constexpr uint64_t kEach = 32 * kMiB;
+  for (int round = 0; round < 10; ++round) {
+    Arena* arena = nullptr;
+    Arena real(std::make_unique<ShrinkingSource>(kCapacity, &arena), /*reserve_bytes=*/0);
+    arena = &real;
+    std::atomic<int> waiting{4};
+    std::vector<absl::StatusOr<Region>> regions(4);
+    std::vector<std::thread> threads;
+    for (auto& region : regions) {
+      threads.emplace_back([&] {
+        --waiting;
+        while (waiting > 0) std::this_thread::yield();
+        region = real.Allocate("each", kEach, kEach, Access::kPrivate);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    EXPECT_LE(real.reserved_bytes(), kCapacity);
+    int admitted = 0;
+    for (const auto& region : regions) {
+      admitted += region.ok();
+      if (!region.ok()) {
+        EXPECT_EQ(region.status().code(), absl::StatusCode::kResourceExhausted);
+      }
+    }
+    EXPECT_GE(admitted, 1);
+    EXPECT_EQ(real.reserved_bytes(), admitted * kEach);
+    // Whoever was refused left no claim behind.
+    regions.clear();
+    EXPECT_TRUE(real.Admit(kCapacity, "all of it").ok());
   }
 }
 

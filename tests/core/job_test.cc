@@ -316,6 +316,53 @@ TEST_F(JobTest, WhatAClientDoesNotWaitForIsAnsweredAtTheStep) {
   EXPECT_TRUE(Answer(92).ok());
 }
 
+TEST_F(JobTest, ADetachWhileTheGenerationFormsIsLikeNotHavingCome) {
+  Make(Spec(1, 2));
+  ASSERT_TRUE(job_->OnAttach(0, 0).ok());
+  job_->OnScalar(0, 61, {});
+  job_->OnDetach(0, 62);
+  EXPECT_TRUE(Answer(62).ok());
+  ASSERT_TRUE(job_->OnAttach(1, 1).ok());
+  EXPECT_EQ(job_->state(), JobState::kForming);
+  EXPECT_EQ(job_->WaitingFor(), "rank 0 has not come");
+  ASSERT_TRUE(job_->OnAttach(0, 0).ok());
+  EXPECT_EQ(job_->state(), JobState::kRunning);
+  job_->OnScalar(1, 63, {});
+  EXPECT_TRUE(absl::IsUnknown(Answer(63))) << "what the first one said counts no more";
+  job_->OnScalar(0, 64, {});
+  EXPECT_TRUE(Answer(63).ok());
+  EXPECT_TRUE(Answer(64).ok());
+}
+
+TEST_F(JobTest, ALargeUnitIsNotOvertakenByLaterDemands) {
+  JobSpec spec = Spec(1, 1);
+  spec.layout = std::make_shared<const Layout>(Units({1000, 30000, 1000, 1000}));
+  ASSERT_EQ(spec.layout->units()[1].chunks, 2 * spec.layout->units()[0].chunks);
+  spec.window.pinned.assign(4, false);
+  spec.window.resident.assign(4, false);
+  spec.window.base_chunks = spec.window.max_chunks = 3;
+  Make(std::move(spec));
+  Attach(1);
+  const auto units = [&](const std::vector<StartAllGather>& gathers) {
+    std::vector<UnitIndex> found;
+    for (const StartAllGather& g : gathers) found.push_back(g.unit);
+    return found;
+  };
+  job_->OnGather(0, 41, 0, 1);
+  job_->OnGather(0, 42, 2, 1);
+  const std::vector<StartAllGather> first = Take<StartAllGather>();
+  ASSERT_EQ(units(first), (std::vector<UnitIndex>{0, 2}));
+  job_->OnGather(0, 43, 1, 1);  // needs two chunks, one is free
+  job_->OnGather(0, 44, 3, 1);  // would fit
+  EXPECT_TRUE(Take<StartAllGather>().empty());
+  job_->OnEntryDone(first[0].seq, {});
+  const std::vector<StartAllGather> second = Take<StartAllGather>();
+  EXPECT_EQ(units(second), (std::vector<UnitIndex>{1}));
+  job_->OnEntryDone(first[1].seq, {});
+  EXPECT_EQ(units(Take<StartAllGather>()), (std::vector<UnitIndex>{3}));
+  EXPECT_TRUE(absl::IsUnknown(Answer(44)));
+}
+
 // --- Several members: this one is member 0, the others are the test.
 
 class Member0Test : public JobTest {
@@ -342,6 +389,31 @@ TEST_F(Member0Test, AMemberOfAnotherModelIsRefusedAlone) {
               HasSubstr("another layout"));
   EXPECT_EQ(job_->state(), JobState::kForming);
   From1({Hello(), ClientAttached{1}});
+  EXPECT_EQ(job_->state(), JobState::kRunning);
+}
+
+TEST_F(Member0Test, AnotherConfigurationOrGradientPlanIsRefused) {
+  Joined other = Hello();
+  other.config.low ^= 1;
+  From1({other});
+  const std::vector<Send> sent = Take<Send>();
+  ASSERT_EQ(sent.size(), 1u);
+  EXPECT_THAT(std::string(std::get<FailJob>(sent[0].message).status.message()),
+              HasSubstr("configuration or gradient plan differs"));
+}
+
+TEST_F(Member0Test, OneRankOnTwoNodesEndsTheGenerationAndLosesNothing) {
+  From1({Hello(), ClientAttached{0}});
+  EXPECT_EQ(job_->state(), JobState::kForming);
+  EXPECT_EQ(job_->generation(), 2u);
+  const std::vector<FailSlot> failed = Take<FailSlot>();
+  ASSERT_EQ(failed.size(), 1u);
+  EXPECT_TRUE(absl::IsAborted(failed[0].status));
+  EXPECT_THAT(std::string(failed[0].status.message()),
+              HasSubstr("the nodes 0 and 1 each have a process of this rank"));
+  job_->OnClientGone(0, "it ended");
+  ASSERT_TRUE(job_->OnAttach(0, 0).ok());
+  From1({ClientAttached{1}}, 2);
   EXPECT_EQ(job_->state(), JobState::kRunning);
 }
 

@@ -123,6 +123,25 @@ TEST(ClientDeath, LosesNothingThatWasCommitted) {
   });
 }
 
+TEST(ClientDeath, OfWhoDetachedBeforeTheStartIsNotItsSuccessors) {
+  Cluster cluster(Small(2));
+  auto processes = MakeProcesses(3);
+  absl::StatusOr<Attachment> attachment = cluster.Attach(0, processes[0].get());
+  ASSERT_TRUE(attachment.ok()) << attachment.status();
+  EXPECT_TRUE(cluster.Client(0, *attachment)->Detach().ok());
+  std::vector<std::unique_ptr<FakeClient>> clients;
+  for (uint32_t rank = 0; rank < 2; ++rank) {
+    attachment = cluster.Attach(rank, processes[rank + 1].get());
+    ASSERT_TRUE(attachment.ok()) << attachment.status();
+    clients.push_back(cluster.Client(rank, *attachment));
+  }
+  processes[0]->Kill();
+  for (int i = 0; i < 3; ++i) {
+    OnEach(clients, [&](uint32_t, FakeClient& client) { EXPECT_TRUE(client.Barrier().ok()); });
+  }
+  EXPECT_EQ(cluster.metrics(0).deaths(), 0u);
+}
+
 TEST(ClientDeath, UnderNodeSumLosesNothingEither) {
   Cluster cluster(Small(2, "\"gradient_plan\": \"node_sum\""));
   auto processes = MakeProcesses(2);
@@ -390,6 +409,31 @@ TEST(Limits, AStepMayBeGivenATimeLimit) {
     }
     EXPECT_EQ(client.WaitForFailure().code(), absl::StatusCode::kDeadlineExceeded);
   });
+}
+
+TEST(Limits, AnAnswerToAnotherStepIsNoReprieve) {
+  Cluster cluster(Small(2, "\"step_timeout_seconds\": 0.5"));
+  auto processes = MakeProcesses(2);
+  auto clients = AttachAll(&cluster, processes);
+  OnEach(clients, [&](uint32_t, FakeClient& client) { EXPECT_TRUE(client.Barrier().ok()); });
+  const uint32_t before = clients[0]->submit()->tail.load();
+  std::thread waiting([&] {
+    EXPECT_EQ(clients[0]->Step({DefaultWorkload().hyper, ""}).status().code(),
+              absl::StatusCode::kDeadlineExceeded);
+  });
+  const absl::Time deadline = absl::Now() + absl::Minutes(1);
+  while ((clients[0]->submit()->tail.load() == before || !clients[0]->AllTaken()) &&
+         absl::Now() < deadline) {
+    std::this_thread::yield();
+  }
+  clients[1]->submit()->step = clients[0]->submit()->step;
+  shm::SubmitEntry entry{};
+  entry.op = shm::Op::kStep;
+  entry.cookie = 1000;
+  entry.step = 9;
+  EXPECT_EQ(clients[1]->Request(entry).status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(clients[1]->WaitForFailure().code(), absl::StatusCode::kDeadlineExceeded);
+  waiting.join();
 }
 
 TEST(Limits, StateWaitsForTrainersOnlySoLong) {

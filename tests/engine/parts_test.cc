@@ -6,6 +6,7 @@
 #include <mutex>
 #include <numeric>
 
+#include "daemon/engine/job_spec.h"
 #include "daemon/engine/movements.h"
 #include "daemon/engine/window_files.h"
 #include "daemon/engine/workers.h"
@@ -54,6 +55,18 @@ TEST(Workers, RefuseMoreThanTheirBound) {
     EXPECT_TRUE(workers.Run(1, wait, [&] { ++done; }).ok());
     DrainUntil(mailbox.get(), [&] { return done == 3; });
   }
+}
+
+// Members compare it: "auto" may come out differently on nodes with different memory.
+TEST(JobSpec, ItsHashTellsGradientPlansApart) {
+  JobRequest request;
+  request.layout = std::make_shared<const core::Layout>(
+      *core::Layout::Build(SmallModel(core::DType::kFloat32, 2, 30), {}));
+  core::JobPlan plan;
+  const core::JobSpec per_rank = MakeJobSpec(request, plan);
+  EXPECT_EQ(per_rank.config_hash.Hex(), MakeJobSpec(request, plan).config_hash.Hex());
+  plan.node_sum = true;
+  EXPECT_NE(per_rank.config_hash.Hex(), MakeJobSpec(request, plan).config_hash.Hex());
 }
 
 TEST(UnitCopy, FollowsScatteredChunks) {

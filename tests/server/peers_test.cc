@@ -4,19 +4,31 @@
 #include "daemon/server/peers.h"
 
 #include <signal.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "absl/time/clock.h"
 #include "daemon/server/rendezvous_map.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/server/daemon_process.h"
 #include "tests/server/fake_runner.h"
+
+// The wall clock of this process, set forward by so much for everyone in it, gRPC included.
+static std::atomic<int64_t> wall_clock_shift_seconds{0};
+extern "C" int clock_gettime(clockid_t clock, timespec* time) noexcept {
+  const int result = static_cast<int>(syscall(SYS_clock_gettime, clock, time));
+  if (clock == CLOCK_REALTIME) time->tv_sec += wall_clock_shift_seconds;
+  return result;
+}
 
 namespace zerod::server::testing {
 namespace {
@@ -109,6 +121,33 @@ TEST_F(PeersTest, MessagesArriveInOrderBothWays) {
   // Silence for longer than the lease is filled by heartbeats.
   EXPECT_FALSE(Eventually([&] { return !zero.runner->downs().empty(); }, absl::Seconds(3)));
   EXPECT_TRUE(one.runner->downs().empty());
+}
+
+TEST_F(PeersTest, SettingTheClockEndsNoLease) {
+  auto a = Network();
+  auto b = Network();
+  Member zero(a.get(), Job(0, 2, a->address()));
+  Member one(b.get(), Job(1, 2, a->address()));
+  zero.Start();
+  one.Start();
+  one.peers->Send(0, WantOf(1));
+  ASSERT_TRUE(Eventually([&] { return zero.runner->messages().size() == 1; }));
+  for (const int64_t shift : {3600, -3600}) {
+    const absl::Time before = absl::Now();
+    wall_clock_shift_seconds = shift;
+    // Abseil reads it once in a while only.
+    ASSERT_TRUE(Eventually(
+        [&] { return absl::AbsDuration(absl::Now() - before) > absl::Minutes(30); }));
+    EXPECT_FALSE(Eventually(
+        [&] { return !zero.runner->downs().empty() || !one.runner->downs().empty(); },
+        absl::Seconds(1)));
+    // Waits are as long as they were asked to be, too.
+    EXPECT_EQ(one.peers->rendezvous()->Get("none", absl::Milliseconds(500)).status().code(),
+              absl::StatusCode::kDeadlineExceeded);
+  }
+  wall_clock_shift_seconds = 0;
+  one.peers->Send(0, WantOf(2));
+  EXPECT_TRUE(Eventually([&] { return zero.runner->messages().size() == 2; }));
 }
 
 TEST_F(PeersTest, AMemberWaitsForTheJobAtMemberZero) {

@@ -140,6 +140,8 @@ MUTANTS = [
     ("state_into_the_weights", "job_log.cc",
      "e.begin, e.count, e.state_kind});\n}\n\nvoid Job::StartFirst",
      "e.begin, e.count});\n}\n\nvoid Job::StartFirst"),
+    ("detach_of_what_never_ran", "job_clients.cc",
+     "const bool left = state_ != JobState::kForming;", "const bool left = true;"),
     ("forget_member_down", "job.cc",
      "state_ == JobState::kEnded || member == spec_.self) return;",
      "state_ == JobState::kEnded || member <= spec_.members) return;"),

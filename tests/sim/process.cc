@@ -59,6 +59,31 @@ void Process::TryAttach() {
   m.slots()[slot_] = shared_from_this();
   m.Drain();
   world_->Happens(Moment::kAttach);
+  // Not for ever: who detaches while its member has not heard of the start ends the generation.
+  const bool may = s_.hesitates && incarnation_ <= 2 * s_.world();
+  if (may && !std::exchange(hesitated_, true) && world_->Delay(100) > 50) {
+    return world_->After(world_->Delay(40), [self = shared_from_this()] { self->Hesitate(); });
+  }
+  Begin();
+}
+
+// Gives its place up again, unless the others have come meanwhile.
+void Process::Hesitate() {
+  if (!alive_ || exiting_) return;
+  if (failed_) return Exit(false);
+  Member& m = world_->member(member_);
+  const core::Job& job = m.job();
+  if (job.state() != core::JobState::kForming || job.generation() != generation_) return Begin();
+  world_->Trace("rank ", rank_, " detaches before the start");
+  attached_ = false;
+  generation_ = 0;
+  m.slots()[slot_] = nullptr;
+  m.job().OnDetach(slot_, 0);
+  m.Drain();
+  world_->After(world_->Delay(40), [self = shared_from_this()] { self->TryAttach(); });
+}
+
+void Process::Begin() {
   BeginStep();
   const bool puts = program_[0].kind == OpKind::kQuiet;
   program_.insert(program_.begin(), {Op{OpKind::kQuiet}, Op{OpKind::kScalar}});

@@ -89,6 +89,8 @@ class Process : public std::enable_shared_from_this<Process> {
   };
 
   void TryAttach();
+  void Hesitate();
+  void Begin();
   void Exit(bool ok);
   void Continue();  // after some time, the next operation
   void Next();
@@ -164,6 +166,7 @@ class Process : public std::enable_shared_from_this<Process> {
   uint64_t scatters_ = 0;          // node_sum: in flight
   std::function<void()> blocked_;  // node_sum: what waits for room in staging
   uint64_t attach_pause_ = 4;
+  bool hesitated_ = false;
 };
 
 }  // namespace zerod::sim

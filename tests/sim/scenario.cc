@@ -161,6 +161,7 @@ Scenario Scenario::FromSeed(uint64_t seed) {
   }
   spec.refuse_untouched = random.Percent(10);
   s.restores = random.Percent(35);
+  s.hesitates = random.Percent(15);
   return s;
 }
 
@@ -184,7 +185,7 @@ std::string Scenario::Text() const {
       {collectives, "collectives"}, {barriers, "barriers"}, {evaluation, "evaluation"},
       {puts, "puts"}, {restores, "restores"},
       {nonfinite, "nonfinite"}, {refuse, "refuse"}, {stall, "stall"},
-      {overrun, "overrun"}, {restart_together, "restart_together"},
+      {overrun, "overrun"}, {hesitates, "hesitates"}, {restart_together, "restart_together"},
       {staging_slots < 1000, "bounded staging"}, {aside_refused_percent == 100, "none aside"}};
   for (const auto& [on, name] : flags) {
     if (on) absl::StrAppend(&text, ", ", name);

@@ -88,6 +88,7 @@ struct Scenario {
   bool refuse = false;        // ranks disagree about a step's hyper-parameters
   bool stall = false;         // one rank stops until nothing else can move
   bool overrun = false;       // one rank takes a step too many
+  bool hesitates = false;     // ranks detach while others have not come, and attach again
   double max_norm = 0;
 
   static Scenario FromSeed(uint64_t seed);
