@@ -133,7 +133,7 @@ def detach_model(model: nn.Module) -> None:
     """A model whose parameters are an engine's gets fp32 ones of its own, without values."""
     from zerod.engine import Engine
 
-    of = [owners[id(p)][0] for p in model.parameters() if id(p) in owners]
+    of = [owners[id(p)].owner for p in model.parameters() if id(p) in owners]
     found = {id(owner): owner for owner in of if isinstance(owner, Engine)}
     for engine in found.values():
         engine.release_module()
