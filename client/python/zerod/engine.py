@@ -84,6 +84,7 @@ class Engine(Settings, Saving, Further, nn.Module):
         self._step_applied = False
         self._lr_kwargs: dict[str, Any] = {}  # of the step being made
         self._destroyed = False
+        self._has_module = True
         self.backward_pass = BackwardPass(
             self.client, self.description.parameters, overlap=zero["overlap_comm"] is not False
         )
@@ -118,9 +119,12 @@ class Engine(Settings, Saving, Further, nn.Module):
 
     @watched("forward")
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self.precision.inputs(args, kwargs)
+        if not self._has_module:
+            with self.precision.autocast():
+                return self.module(*args, **kwargs)
         self.versions.check()
         self.backward_pass.abandon()
-        args, kwargs = self.precision.inputs(args, kwargs)
         differentiate = torch.is_grad_enabled() and not self.replaying
         with (
             torch.set_grad_enabled(differentiate),
@@ -411,12 +415,17 @@ class Engine(Settings, Saving, Further, nn.Module):
         """The module gets parameters of its own, float32 and without values: this engine can no
         longer train it. Nobody may be within forward or backward."""
         self.gathering.reset()
+        self._let_go()
+        for managed in self.description.parameters:
+            managed.parameter.data = torch.empty(managed.shape)
+
+    def _let_go(self) -> None:
+        """Nothing of the engine is on the module any more. Idempotent."""
+        self._has_module = False
         self.gathering.remove()
         self.backward_pass.remove()
         self._state_dict_hooks.remove()
         self.access.close()
-        for managed in self.description.parameters:
-            managed.parameter.data = torch.empty(managed.shape)
 
     # --- A script that begins again (replay.py).
 
@@ -464,20 +473,31 @@ class Engine(Settings, Saving, Further, nn.Module):
         if not skipped:
             self._step_scheduler(lr_kwargs)
 
-    def destroy(self) -> None:
-        """Leaves the job: its state is freed once all ranks have left. Idempotent."""
+    def destroy(self, keep_weights: bool = True) -> None:
+        """Leaves the job: its state is freed once all ranks have left. Idempotent.
+
+        The module is a plain one afterwards, and may be given to initialize() again: each rank has
+        its weights in memory of its own, in the type that it computes with. Without `keep_weights`
+        nothing is copied, and what is not gathered cannot be read any more.
+        """
         if self._destroyed:
             return
         self._destroyed = True
+        if keep_weights and self._has_module and not self.client.closed:
+            self.weights.give_back()
         at_exit.forget(self)
         self.progress.close()
         if self.config["disable_python_gc"]:
             garbage.resume()
         if collectives._current and collectives._current[0] is self:
             collectives.set_current(None)
-        self.access.close()
+        self._let_go()
         if not self.client.closed:
             self.client.detach()
+
+    def leave(self) -> None:
+        """At the end of the script, which needs no weights any more."""
+        self.destroy(keep_weights=False)
 
     # --- The last step.
 
