@@ -96,6 +96,8 @@ class Engine(Settings, Saving, Further, nn.Module):
             self.gathering.trace = Trace([unit.name for unit in self.client.units])
         if self.optimizer is not None and self.zero_optimization_stage() == 3:
             self.optimizer.parameter_offload = ParameterOffload(self.module, self.gathering)
+        if self.optimizer is not None:
+            self.optimizer.discard_gradients = self.backward_pass.discard
         self.versions = Versions(self.description.parameters)
         self._state_dict_hooks = StateDictHooks(self.weights, self.module)
         limit = self.config["zerod"]["client_state_bytes_max"]
@@ -221,13 +223,15 @@ class Engine(Settings, Saving, Further, nn.Module):
         self.lr_scheduler.step(**lr_kwargs)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing to do between steps: step() uses the gradients up. After backward() they are on
-        their way already and cannot be called back."""
+        """Zeroes what waits in `.grad`: gradients that another engine's backward() has made, or the
+        user. This engine's own are on their way after backward() and cannot be called back; step()
+        uses them up."""
         if self.backward_pass.has_gradients:
             raise RuntimeError(
                 "gradients of this step have been handed over and cannot be zeroed; call "
                 "engine.step() first"
             )
+        self.backward_pass.discard(set_to_none)
 
     def is_gradient_accumulation_boundary(self) -> bool:
         if self._forced_boundary is not None:
