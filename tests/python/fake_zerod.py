@@ -239,6 +239,10 @@ class Client:
         self._held, self._scattered = set(), set()
         self._gradient, self._touched = torch.zeros_like(self._master), set()
 
+    def _check_open(self):
+        if self.closed:
+            raise ERRORS["FailedPrecondition"]("this client is closed (close() or detach())")
+
     def parameter_tensor(self, index):
         view = self.parameters[index]
         flat = self._memory[view.start : view.start + view.elements]
@@ -246,12 +250,14 @@ class Client:
         return torch.from_dlpack(flat.view(self.options["parameters"][index].shape))
 
     def gather(self, unit):
+        self._check_open()
         self.log.append(("gather", unit))
         self._held.add(unit)
         span = slice(*self._spans[unit])
         self._memory[span] = self._master[span].to(self._torch_dtype)
 
     def release(self, unit):
+        self._check_open()
         self.log.append(("release", unit))
         self._held.discard(unit)
         if not self.units[unit].resident:
@@ -261,6 +267,7 @@ class Client:
         return unit in self._held
 
     def land(self, index, data_ptr, dtype="float32"):
+        self._check_open()
         view = self.parameters[index]
         info = self.options["parameters"][index]
         if view.unit in self._scattered:
@@ -279,11 +286,13 @@ class Client:
         return unit in self._scattered
 
     def scatter(self, unit, last):
+        self._check_open()
         self.log.append(("scatter", unit, last))
         if last:
             self._scattered.add(unit)
 
     def end_micro_step(self):
+        self._check_open()
         self.log.append(("end_micro_step",))
 
     def reclaim(self, unit):
@@ -330,6 +339,7 @@ class Client:
         self._steps[index] += 1
 
     def put(self, unit, begin, data_ptr, count, kind="master"):
+        self._check_open()
         assert unit not in self._held or kind != "master"
         target = {"master": self._master, "exp_avg": self._m, "exp_avg_sq": self._v}[kind]
         start = self._spans[unit][0] + begin
@@ -348,6 +358,7 @@ class Client:
         self._steps = list(steps)
 
     def read(self, unit, begin, data_ptr, count, kind="master"):
+        self._check_open()
         source = {"master": self._master, "exp_avg": self._m, "exp_avg_sq": self._v,
                   "gradient": self._gradient}[kind]
         start = self._spans[unit][0] + begin

@@ -232,9 +232,10 @@ def test_resume_is_bit_equal(fake):
         parts = make_resumable(fake)
         assert parts[0].resumed_step == len(losses) // 2
         losses += run_resumable(parts, until)
+        state = parts[0].state_dict()
         parts[0].client.close()
     assert losses == expected
-    assert same(parts[0].state_dict(), weights)
+    assert same(state, weights)
     assert parts[0].client_state == {"seen": 36}
     parts[0].destroy()
 

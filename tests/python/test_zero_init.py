@@ -24,6 +24,7 @@ def test_a_born_model_trains_as_a_plain_one(nodes, world):
     cases = [
         ({}, 0), ({}, 100_000), ({"bf16": {"enabled": True}}, 64 << 20),
         ({"fp16": {"enabled": True, "initial_scale_power": 8}}, 0),
+        ({"zero_optimization": {"stage": 2}}, 0),
     ]
     for results in run("born_and_plain", nodes, world,
                        cases=[(CONFIG | precision, limit) for precision, limit in cases]):

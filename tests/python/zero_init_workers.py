@@ -56,6 +56,8 @@ class Model(nn.Module):
 def train(model: nn.Module, config: dict, steps: int = 3) -> tuple[list[float], dict]:
     engine, *_ = zerod.initialize(model=model, config=config)
     rank, _ = rank_and_world()
+    partitioned = config["zero_optimization"]["stage"] == 3
+    assert all(hasattr(p, "ds_id") == partitioned for p in model.parameters())
     losses = []
     for step in range(steps):
         words = torch.randint(0, 96, (9,), generator=torch.Generator().manual_seed(step * 7 + rank))

@@ -17,7 +17,7 @@ _installed = False
 
 
 def leave_at_exit(engine: Any) -> None:
-    """`engine.destroy()` is called when the interpreter ends without an error."""
+    """`engine.leave()` is called when the interpreter ends without an error."""
     global _installed
     _engines.append(engine)
     if not _installed:
@@ -47,6 +47,6 @@ def _at_exit() -> None:
         return
     for engine in list(_engines):
         try:
-            engine.destroy()
+            engine.leave()
         except Exception as error:  # the interpreter is ending: nobody could catch it
             print(f"zerod: leaving the job failed: {error}", file=sys.stderr)

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backward pass: gradients are handed over as they are accumulated, and its end is found.
 
+A pass that another engine's `backward()` began may reach parameters of this one, as a generator's
+does through the discriminator. Its gradients stay in `.grad`, where zero_grad() of the module or
+the engine finds them; what is there at step() joins the step.
+
 A backward pass can hold others (reentrant checkpointing runs one inside a node of the outer one);
 what counts is the outermost. `engine.backward()` says where it ends; for a plain `loss.backward()`
 autograd's own end-of-task callback does.
@@ -17,6 +21,7 @@ from zerod.model import ManagedParameter
 
 _task_id = torch._C._current_graph_task_id
 _COUNT_MAX = 255
+_explicit: "BackwardPass | None" = None  # the engine whose backward() is under way
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -96,6 +101,7 @@ class BackwardPass:
         self._touched = bytearray(len(parameters))  # landed in this step
         self._tasks: list[int] = []
         self._explicit = False
+        self._foreign = False  # the pass is another engine's
         self.needs_scale = False  # gradients must come from a loss that was scaled
         self.scaled = False  # it was, for the next pass
         self._handles = [
@@ -128,26 +134,33 @@ class BackwardPass:
     @contextmanager
     def explicit(self) -> Iterator[None]:
         """Around the outermost pass, where the caller starts it."""
+        global _explicit
         self._tasks.clear()
         self._explicit = True
+        self._foreign = False
+        around, _explicit = _explicit, self
         try:
             yield
             self.finish()
         finally:
+            _explicit = around
             self._explicit = False
             self._tasks.clear()
 
     def _begin(self) -> None:
+        self.serial += 1
+        self._pending.clear()
+        self.open_calls = [0] * len(self.open_calls)
+        self._foreign = _explicit is not None and _explicit is not self
+        if self._foreign:
+            return
         if self.needs_scale and not self.scaled:
             raise RuntimeError(
                 "in fp16 the loss must be scaled: call engine.backward(loss), or "
                 "engine.scale(loss).backward()"
             )
         self.scaled = False
-        self.serial += 1
-        self._pending.clear()
         self.expectation.begin()
-        self.open_calls = [0] * len(self.open_calls)
 
     def _leave(self, task: int) -> None:
         if task in self._tasks:
@@ -157,12 +170,13 @@ class BackwardPass:
 
     def finish(self) -> None:
         """The outermost pass is over: hand over what was landed."""
-        last = self.is_last()
-        for unit in list(self._open if last else self._landed):
-            self._scatter(unit, last)
-        self.client.end_micro_step()
+        if not self._foreign:
+            last = self.is_last()
+            for unit in list(self._open if last else self._landed):
+                self._scatter(unit, last)
+            self.client.end_micro_step()
+            self.expectation.end()
         self._pending.clear()
-        self.expectation.end()
         if self.on_end:
             self.on_end()
 
@@ -186,18 +200,20 @@ class BackwardPass:
     def _on_gradient(self, index: int, parameter: torch.Tensor) -> None:
         self.enter()
         unit = self._unit_of[index]
-        self.expectation.add(index)
-        if not self._scattered[unit]:
-            self._land(index, parameter)
-        # else it stays in .grad and adds up there until step()
+        if not self._foreign:
+            self.expectation.add(index)
+            if not self._scattered[unit]:
+                self._land(index, parameter)
+            # else it stays in .grad and adds up there until step()
         pending = self._pending.get(unit)
         if pending is None:
             self.expect(unit)
             pending = self._pending[unit]
         pending.discard(index)
-        complete = self.overlap and self.expectation.complete(unit) and self.is_last()
-        if unit in self._landed and (complete or not pending):
-            self._scatter(unit, last=complete)
+        if not self._foreign:
+            complete = self.overlap and self.expectation.complete(unit) and self.is_last()
+            if unit in self._landed and (complete or not pending):
+                self._scatter(unit, last=complete)
         if not pending and self.on_unit_done:
             self.on_unit_done(unit)
 
@@ -230,8 +246,8 @@ class BackwardPass:
             self._scattered[unit] = 1
 
     def flush(self) -> None:
-        """At step(): gradients that came after their unit was handed over, or that the user made
-        himself, join it. May wait for other ranks."""
+        """At step(): gradients that came after their unit was handed over, or in another engine's
+        pass, or that the user made himself, join it. May wait for other ranks."""
         late: dict[int, list[ManagedParameter]] = {}
         for managed in self.trainable:
             if managed.parameter.grad is not None:
@@ -244,6 +260,16 @@ class BackwardPass:
                 self._land(managed.index, managed.parameter)
         for unit in list(self._open):
             self._scatter(unit, last=True)
+
+    def discard(self, set_to_none: bool = True) -> None:
+        """zero_grad() of what waits in .grad, where nothing of this step was handed over: it is of
+        other engines' passes, or the user's."""
+        for managed in () if self._landed_in_step else self.parameters:
+            gradient = managed.parameter.grad
+            if set_to_none:
+                managed.parameter.grad = None
+            elif gradient is not None:
+                gradient.detach_().zero_()
 
     def reduce(self, index: int) -> bool:
         """All ranks' gradients of the parameter, of this step so far, are summed, so that the sum

@@ -87,6 +87,7 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
         self._step_applied = False
         self._lr_kwargs: dict[str, Any] = {}  # of the step being made
         self._destroyed = False
+        self._has_module = True
         self.backward_pass = BackwardPass(
             self.client, self.description.parameters, overlap=zero["overlap_comm"] is not False
         )
@@ -98,6 +99,8 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
             self.gathering.trace = Trace([unit.name for unit in self.client.units])
         if self.optimizer is not None and self.zero_optimization_stage() == 3:
             self.optimizer.parameter_offload = ParameterOffload(self.module, self.gathering)
+        if self.optimizer is not None:
+            self.optimizer.discard_gradients = self.backward_pass.discard
         self.versions = Versions(self.description.parameters)
         self._state_dict_hooks = StateDictHooks(self.weights, self.module)
         limit = self.config["zerod"]["client_state_bytes_max"]
@@ -123,9 +126,12 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
 
     @watched("forward")
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self.precision.inputs(args, kwargs)
+        if not self._has_module:
+            with self.precision.autocast():
+                return self.module(*args, **kwargs)
         self.versions.check()
         self.backward_pass.abandon()
-        args, kwargs = self.precision.inputs(args, kwargs)
         differentiate = torch.is_grad_enabled() and not self.replaying
         with (
             torch.set_grad_enabled(differentiate),
@@ -222,13 +228,15 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
         self.lr_scheduler.step(**lr_kwargs)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing to do between steps: step() uses the gradients up. After backward() they are on
-        their way already and cannot be called back."""
+        """Zeroes what waits in `.grad`: gradients that another engine's backward() has made, or the
+        user. This engine's own are on their way after backward() and cannot be called back; step()
+        uses them up."""
         if self.backward_pass.has_gradients:
             raise RuntimeError(
                 "gradients of this step have been handed over and cannot be zeroed; call "
                 "engine.step() first"
             )
+        self.backward_pass.discard(set_to_none)
 
     def is_gradient_accumulation_boundary(self) -> bool:
         if self._forced_boundary is not None:
@@ -440,27 +448,43 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
         """The module gets parameters of its own, float32 and without values: this engine can no
         longer train it. Nobody may be within forward or backward."""
         self.gathering.reset()
+        self._let_go()
+        for managed in self.description.parameters:
+            managed.parameter.data = torch.empty(managed.shape)
+
+    def _let_go(self) -> None:
+        """Nothing of the engine is on the module any more. Idempotent."""
+        self._has_module = False
         self.gathering.remove()
         self.backward_pass.remove()
         self._state_dict_hooks.remove()
         self.access.close()
-        for managed in self.description.parameters:
-            managed.parameter.data = torch.empty(managed.shape)
 
-    def destroy(self) -> None:
-        """Leaves the job: its state is freed once all ranks have left. Idempotent."""
+    def destroy(self, keep_weights: bool = True) -> None:
+        """Leaves the job: its state is freed once all ranks have left. Idempotent.
+
+        The module is a plain one afterwards, and may be given to initialize() again: each rank has
+        its weights in memory of its own, in the type that it computes with. Without `keep_weights`
+        nothing is copied, and what is not gathered cannot be read any more.
+        """
         if self._destroyed:
             return
         self._destroyed = True
+        if keep_weights and self._has_module and not self.client.closed:
+            self.weights.give_back()
         at_exit.forget(self)
         self.progress.close()
         if self.config["disable_python_gc"]:
             garbage.resume()
         if collectives._current and collectives._current[0] is self:
             collectives.set_current(None)
-        self.access.close()
+        self._let_go()
         if not self.client.closed:
             self.client.detach()
+
+    def leave(self) -> None:
+        """At the end of the script, which needs no weights any more."""
+        self.destroy(keep_weights=False)
 
     # --- The last step.
 

@@ -54,11 +54,12 @@ def _check(parameter: Any) -> None:
 
 
 def _say_if_late(module: nn.Module, parameter: nn.Parameter, what: str) -> None:
-    owner, index = owners.get(id(parameter), (None, 0))
-    description = getattr(owner, "description", None)  # of an engine; the nursery has none
-    if description is not None:
+    owned = owners.get(id(parameter))
+    # Of an engine; the nursery has none.
+    description = getattr(owned.owner, "description", None) if owned is not None else None
+    if owned is not None and description is not None:
         log.warning(
             "%s_external_parameter(%s, %r) after initialize() changes nothing: the units are "
             "fixed, and a parameter that a forward looks up is gathered anyway",
-            what, type(module).__name__, description.parameters[index].name,
+            what, type(module).__name__, description.parameters[owned.index].name,
         )

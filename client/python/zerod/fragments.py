@@ -20,10 +20,10 @@ _KINDS = ("exp_avg", "exp_avg_sq")  # of Client.read, in the order of Optimizer.
 
 
 def _find(parameter: torch.Tensor) -> "tuple[Engine, ManagedParameter] | None":
-    owner = gathered.owners.get(id(parameter))
-    if owner is None:
+    owned = gathered.owners.get(id(parameter))
+    if owned is None:
         return None
-    engine, index = owner
+    engine, index, _ = owned
     return engine, engine.description.parameters[index]
 
 

@@ -49,7 +49,7 @@ class GatheredParameters:
             params = [params]
         chosen = {id(p): p for p in params if id(p) in owners} if enabled else {}
         # All ranks in one order, whatever the caller's: it may come out of a set.
-        self._parameters = sorted(chosen.values(), key=lambda p: p.ds_id)
+        self._parameters = sorted(chosen.values(), key=lambda p: owners[id(p)].order)
         self._modifier_rank = modifier_rank
         self._begun: list[tuple[Access, Any]] = []
         if fwd_module is not None:
@@ -60,7 +60,7 @@ class GatheredParameters:
         accesses: dict[int, tuple[Access, list[int]]] = {}
         for parameter in self._parameters:
             if id(parameter) in owners:  # else its engine has been destroyed meanwhile
-                owner, index = owners[id(parameter)]
+                owner, index, _ = owners[id(parameter)]
                 accesses.setdefault(id(owner), (owner.access, []))[1].append(index)
         rank = self._modifier_rank
         try:
@@ -98,9 +98,10 @@ class EngineAccess:
         self._engine = engine
         self._written: set[int] = set()
         units = engine.client.units
+        partitioned = engine.zero_optimization_partition_weights()
         for managed in engine.description.parameters:
             resident = units[engine.client.parameters[managed.index].unit].resident
-            own(managed.parameter, engine, managed.index, persist=resident)
+            own(managed.parameter, engine, managed.index, resident, partitioned)
 
     def close(self) -> None:
         for managed in self._engine.description.parameters:

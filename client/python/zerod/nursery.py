@@ -431,7 +431,7 @@ class Nursery:
                 at_exit.forget(self)
                 _thread.__dict__.clear()
 
-    def destroy(self) -> None:
+    def leave(self) -> None:
         """At the end of the script: what nobody has taken over is freed."""
         arenas, self.arenas = self.arenas, []
         self._open.clear()

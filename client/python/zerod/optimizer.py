@@ -31,6 +31,7 @@ class Optimizer(torch.optim.Optimizer):
     were not finite.
     """
 
+    discard_gradients: Callable[[bool], None] | None = None  # the engine's
     loss_scale: float = 1.0
     overflow: bool = False
     parameter_offload: ParameterOffload  # at stage 3 only, as in DeepSpeed
@@ -135,7 +136,10 @@ class Optimizer(torch.optim.Optimizer):
         raise RuntimeError("the daemon takes the optimizer's steps: call engine.step()")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing to do: gradients are handed over as they come, and used up by engine.step()."""
+        """Of what waits in `.grad` (engine.zero_grad); nothing where gradients of the step have been
+        handed over: engine.step() uses them up."""
+        if self.discard_gradients is not None:
+            self.discard_gradients(set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict.get("state"):

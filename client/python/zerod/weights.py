@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights into and out of the daemon: initial values, state_dict, load_state_dict."""
 
+import logging
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from zerod.model import ManagedParameter, ModelDescription
 from zerod.nursery import nursery
 from zerod.parameter_status import owners
 
+log = logging.getLogger("zerod")
 PIECE_ELEMENTS_MAX = 1 << 20  # of one PUT or READ: what the transfer area holds
 
 
@@ -72,6 +74,25 @@ class Weights:
             if view.resident:
                 self.client.gather(unit)
                 self.client.release(unit)
+
+    def give_back(self) -> None:
+        """Every parameter gets memory of this process, with its weights. Needs no other rank. Where
+        the daemon does not answer any more, a parameter that is not resident stays unreadable."""
+        demand = []
+        for managed in self.parameters:
+            if self.client.units[self._views[managed.index].unit].resident:
+                managed.parameter.data = managed.parameter.data.clone()
+            else:
+                demand.append(managed)
+        for done, managed in enumerate(demand):
+            try:
+                managed.parameter.data = self.read(managed).to(managed.dtype)
+            except _zerod.ZerodError as error:
+                log.warning(
+                    "the module cannot be used again: the weights of %r and %d other parameters "
+                    "could not be read: %s", managed.name, len(demand) - done - 1, error,
+                )
+                return
 
 
 class StateDictHooks:
@@ -133,7 +154,7 @@ def detach_model(model: nn.Module) -> None:
     """A model whose parameters are an engine's gets fp32 ones of its own, without values."""
     from zerod.engine import Engine
 
-    of = [owners[id(p)][0] for p in model.parameters() if id(p) in owners]
+    of = [owners[id(p)].owner for p in model.parameters() if id(p) in owners]
     found = {id(owner): owner for owner in of if isinstance(owner, Engine)}
     for engine in found.values():
         engine.release_module()
