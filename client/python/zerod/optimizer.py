@@ -136,8 +136,8 @@ class Optimizer(torch.optim.Optimizer):
         raise RuntimeError("the daemon takes the optimizer's steps: call engine.step()")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Of what waits in `.grad` (engine.zero_grad); nothing where gradients of the step have been
-        handed over: engine.step() uses them up."""
+        """Of what waits in `.grad` (engine.zero_grad); nothing where gradients of the step have
+        been handed over: engine.step() uses them up."""
         if self.discard_gradients is not None:
             self.discard_gradients(set_to_none)
 

@@ -2,7 +2,8 @@
 """Whose a parameter is, and what DeepSpeed's users read of it at stage 3: ds_id, ds_shape,
 ds_numel, ds_persist, ds_status, ds_active_sub_modules.
 
-Scripts take `hasattr(parameter, "ds_id")` for "this is stage 3", so nothing else has them. There is no `ds_tensor`: it would be this rank's part of the parameter, and no rank has one.
+Scripts take `hasattr(parameter, "ds_id")` for "this is stage 3", so nothing else has them. There is
+no `ds_tensor`: it would be this rank's part of the parameter, and no rank has one.
 """
 
 from enum import Enum
