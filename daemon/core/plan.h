@@ -31,7 +31,7 @@ namespace zerod::core {
 //               kMatricesAtOnce of them
 //   set_aside   node_sum: gradients that left their clients' staging before their turn. Taken at
 //               need and given back with the step, one gradient at most: not part of the plan
-//   control     rings, tables, transfer areas
+//   control     rings, tables, transfer areas, and twice what each client may keep of its own
 struct MemoryPlan {
   uint64_t parameters = 0;
   uint64_t copies = 0;
