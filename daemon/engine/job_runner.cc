@@ -43,6 +43,8 @@ JobRunnerImpl::~JobRunnerImpl() {
     mailbox_->Post([] {});
     loop_.join();
   }
+  // Whoever frees this waits: a peer that does not come must not make that long.
+  connect_cancel_->Cancel();
   if (connector_.joinable()) connector_.join();
   // Closures that were posted and never ran may own the fabric or files: they end first.
   if (mailbox_ != nullptr) mailbox_->Take();
