@@ -141,7 +141,7 @@ TEST(Gather, AnswerWithoutAValidCopyIsAnError) {
   EXPECT_EQ(daemon.hold(kA), 0u);
 }
 
-// Two threads and one unit: whoever looks in vain, or lets go, leaves the hold of the one who waits.
+// Two threads, one unit: whoever looks in vain, or lets go, leaves the hold of the one who waits.
 TEST(Gather, AnotherThreadKeepsTheHoldOfOneThatWaits) {
   for (const bool early : {false, true}) {
     FakeDaemon daemon;
