@@ -289,10 +289,9 @@ absl::StatusOr<JobPlan> PlanJob(const Config& config, const Layout& layout, uint
   const uint64_t client_control = plan.transfer_bytes + kRingBytes +
                                   PageUp(layout.units().size() * 4) +
                                   PageUp(layout.parameters().size());
-  // The client's own state of a step that is being decided, and the committed one.
-  const uint64_t client_states = 2 * config.zerod.client_state_bytes_max;
-  plan.memory.control = local_world * (client_control + client_states) +
-                        PageUp(layout.chunks() * 4) + PageUp(layout.units().size() * 8) + kPage;
+  plan.memory.control = local_world * client_control + PageUp(layout.chunks() * 4) +
+                        PageUp(layout.units().size() * 8) + kPage;
+  plan.client_states_bytes_max = 2 * local_world * config.zerod.client_state_bytes_max;
 
   bool node_sum = config.zerod.gradient_plan == GradientPlanChoice::kNodeSum;
   PlanGradients(config, layout, local_world, node_sum, &plan);
