@@ -21,6 +21,8 @@ ClientImpl::~ClientImpl() {
     (void)attachment_.socket.Release();
     return;
   }
+  // Tensors may outlive this: what they show must not become another unit's weights in silence.
+  ReleaseAll();
   if (space_ != nullptr) space_->Close();
   // Not only closed: a forked worker may still have the socket open.
   if (attachment_.socket) shutdown(attachment_.socket.get(), SHUT_RDWR);
@@ -141,11 +143,24 @@ absl::Status ClientImpl::Open(uint32_t unit) {
 }
 
 bool ClientImpl::TryGatherLocked(uint32_t unit, absl::Status* error) {
-  if (unit_holds_[unit].held) return true;
-  if (!holds_->Claim(unit, static_cast<uint32_t>(step() - 1))) return false;
+  const UnitHold& hold = unit_holds_[unit];
+  if (hold.held) return true;
+  const auto version = static_cast<uint32_t>(step() - 1);
+  if (hold.waiting > 0) {
+    // Claim() would drop another thread's hold, and the daemon might evict what it is promised.
+    holds_->Intend(unit, version);
+    const shm::UnitWord word = holds_->Word(unit);
+    if (word.state != shm::CopyState::kValid || word.version != version) return false;
+  } else if (!holds_->Claim(unit, version)) {
+    return false;
+  }
   *error = Open(unit);
-  if (!error->ok()) holds_->Unclaim(unit);
+  if (!error->ok()) Unhold(unit);
   return error->ok();
+}
+
+void ClientImpl::Unhold(uint32_t unit) {
+  if (unit_holds_[unit].waiting == 0) holds_->Unclaim(unit);
 }
 
 bool ClientImpl::TryGather(uint32_t unit) {
@@ -172,6 +187,7 @@ absl::Status ClientImpl::Gather(uint32_t unit) {
   ++counters_.gather_waits;
   // The hold stands while the copy is being filled, so that it cannot be evicted in between.
   holds_->Intend(unit, static_cast<uint32_t>(step() - 1));
+  ++unit_holds_[unit].waiting;
   shm::SubmitEntry entry{};
   entry.op = shm::Op::kGather;
   entry.unit = unit;
@@ -188,6 +204,7 @@ absl::Status ClientImpl::Gather(uint32_t unit) {
   }
   lock.lock();
   counters_.gather_wait_seconds += absl::ToDoubleSeconds(MonotonicNow() - start);
+  --unit_holds_[unit].waiting;
   if (unit_holds_[unit].held) return absl::OkStatus();  // by another thread meanwhile
   if (answer.ok()) {
     const shm::UnitWord word = holds_->Word(unit);
@@ -199,7 +216,7 @@ absl::Status ClientImpl::Gather(uint32_t unit) {
     }
   }
   if (answer.ok()) answer = Open(unit);
-  if (!answer.ok()) holds_->Unclaim(unit);
+  if (!answer.ok()) Unhold(unit);
   return answer;
 }
 
@@ -212,7 +229,7 @@ void ClientImpl::ReleaseLocked(uint32_t unit) {
     // nothing but the detection: the next Map or Guard says so.
     space_->Guard(unit).IgnoreError();
   }
-  holds_->Unclaim(unit);
+  Unhold(unit);
 }
 
 void ClientImpl::Release(uint32_t unit) {

@@ -94,6 +94,7 @@ class ClientImpl final : public Client {
   absl::Status Open(uint32_t unit);
   bool TryGatherLocked(uint32_t unit, absl::Status* error);
   void ReleaseLocked(uint32_t unit);
+  void Unhold(uint32_t unit);  // the hold word alone, unless a thread waits for the unit
   absl::Status MapResident();
   // PUT and READ, one piece of the transfer area at a time.
   absl::Status Exchange(shm::SubmitEntry entry, const float* in, float* out);
@@ -129,6 +130,7 @@ class ClientImpl final : public Client {
     bool held = false;
     bool mapped = false;
     uint32_t epoch = 0;  // of what is mapped
+    uint32_t waiting = 0;  // threads that have asked for it: their hold stands until the answer
   };
   std::vector<UnitHold> unit_holds_;  // mu_
   std::vector<uint32_t> held_;        // mu_: the held units

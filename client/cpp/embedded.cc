@@ -37,6 +37,7 @@ namespace {
 constexpr size_t kNameBytesMax = 48;
 constexpr size_t kLogTailBytes = 4096;
 constexpr absl::Duration kPollInterval = absl::Milliseconds(20);
+constexpr absl::Duration kExecPatience = absl::Seconds(2);  // for news of a failed exec
 
 std::string Errno(absl::string_view doing) {
   return absl::StrCat("cannot ", doing, ": ", strerror(errno));
@@ -159,8 +160,41 @@ absl::Status RaiseFd(shm::UniqueFd* fd) {
   return absl::OkStatus();
 }
 
+// Reads what the daemon's process tells until it runs its program; returns a pidfd of it.
+absl::StatusOr<shm::UniqueFd> AwaitProgram(int report, const std::string& daemon,
+                                           absl::Time deadline,
+                                           const std::function<bool()>& interrupted) {
+  shm::UniqueFd pidfd;
+  absl::Time patience = deadline;
+  for (;;) {
+    pollfd news{report, POLLIN, 0};
+    if (poll(&news, 1, static_cast<int>(absl::ToInt64Milliseconds(kPollInterval))) <= 0) {
+      // A process that another thread forked meanwhile may keep the pipe open: whoever started the
+      // daemon then sees by its answer, or its end, how it went.
+      if (MonotonicNow() > patience) break;
+      if (interrupted()) return absl::CancelledError("interrupted while starting a daemon");
+      continue;
+    }
+    Report said{};
+    const ssize_t n = read(report, &said, sizeof(said));
+    if (n < 0 && errno == EINTR) continue;
+    if (n != sizeof(said)) break;  // closed by exec
+    if (said.kind == Report::kPid) {
+      pidfd.Reset(static_cast<int>(syscall(SYS_pidfd_open, said.value, 0)));
+      if (!pidfd) break;
+      patience = std::min(deadline, MonotonicNow() + kExecPatience);
+    } else {
+      return absl::UnavailableError(
+          absl::StrCat("cannot run ", daemon, ": ", strerror(said.value)));
+    }
+  }
+  if (!pidfd) return absl::UnavailableError(Errno("start a daemon's process"));
+  return pidfd;
+}
+
 // Starts the daemon's process; returns a pidfd of it.
-absl::StatusOr<shm::UniqueFd> SpawnDaemon(const EmbeddedPaths& paths) {
+absl::StatusOr<shm::UniqueFd> SpawnDaemon(const EmbeddedPaths& paths, absl::Time deadline,
+                                          const std::function<bool()>& interrupted) {
   ASSIGN_OR_RETURN(const std::string daemon, FindDaemon());
   Spawn spawn;
   spawn.arguments = {daemon, "--embedded", "--socket", paths.socket};
@@ -196,21 +230,7 @@ absl::StatusOr<shm::UniqueFd> SpawnDaemon(const EmbeddedPaths& paths) {
   report_write.Reset();
   while (waitpid(child, nullptr, 0) < 0 && errno == EINTR) {
   }
-  Report said{};
-  shm::UniqueFd pidfd;
-  for (;;) {
-    const ssize_t n = read(report.get(), &said, sizeof(said));
-    if (n < 0 && errno == EINTR) continue;
-    if (n != sizeof(said)) break;  // closed by exec
-    if (said.kind == Report::kPid) {
-      pidfd.Reset(static_cast<int>(syscall(SYS_pidfd_open, said.value, 0)));
-    } else {
-      return absl::UnavailableError(
-          absl::StrCat("cannot run ", daemon, ": ", strerror(said.value)));
-    }
-  }
-  if (!pidfd) return absl::UnavailableError(Errno("start a daemon's process"));
-  return pidfd;
+  return AwaitProgram(report.get(), daemon, deadline, interrupted);
 }
 
 }  // namespace
@@ -281,7 +301,7 @@ absl::Status StartEmbedded(const EmbeddedPaths& paths, absl::Duration limit,
   RETURN_IF_ERROR(MakePrivateDirectory(paths.directory));
   ASSIGN_OR_RETURN(const shm::UniqueFd lock, Lock(paths.lock, deadline, interrupted));
   if (answers()) return absl::OkStatus();  // somebody else was faster
-  ASSIGN_OR_RETURN(const shm::UniqueFd process, SpawnDaemon(paths));
+  ASSIGN_OR_RETURN(const shm::UniqueFd process, SpawnDaemon(paths, deadline, interrupted));
   while (!answers()) {
     pollfd ended{process.get(), POLLIN, 0};
     const int64_t interval_ms = absl::ToInt64Milliseconds(kPollInterval);

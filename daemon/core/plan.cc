@@ -291,6 +291,7 @@ absl::StatusOr<JobPlan> PlanJob(const Config& config, const Layout& layout, uint
                                   PageUp(layout.parameters().size());
   plan.memory.control = local_world * client_control + PageUp(layout.chunks() * 4) +
                         PageUp(layout.units().size() * 8) + kPage;
+  plan.client_states_bytes_max = 2 * local_world * config.zerod.client_state_bytes_max;
 
   bool node_sum = config.zerod.gradient_plan == GradientPlanChoice::kNodeSum;
   PlanGradients(config, layout, local_world, node_sum, &plan);

@@ -58,6 +58,9 @@ struct JobPlan {
   uint64_t staging_bytes = 0;               // node_sum: of each gradient file
   uint64_t transfer_values_bytes = 0;       // the values area of each transfer file
   uint64_t transfer_bytes = 0;
+  // Of all clients' own state at most, on the heap as it comes: that of the step being decided, and
+  // the committed one. Not part of `memory`, which is reserved at once.
+  uint64_t client_states_bytes_max = 0;
   uint64_t client_bytes = 0;                // of a client's files, gradients and transfers included
   // What is moved between members is cut into pieces of this many elements of each member's part.
   uint64_t gather_piece_elements = 0;

@@ -77,7 +77,6 @@ class Window {
   bool pinned(UnitIndex u) const { return spec_.pinned[u]; }
   bool resident(UnitIndex u) const { return spec_.resident[u]; }
   uint64_t chunks() const { return chunks_; }
-  uint64_t free_chunks() const { return free_.size(); }
   uint64_t growths() const { return growths_; }
   const WindowSpec& spec() const { return spec_; }
 

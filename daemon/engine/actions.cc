@@ -165,6 +165,7 @@ void JobRunnerImpl::Do(core::DropGradients&) {
 void JobRunnerImpl::Do(core::End& action) {
   if (over_) return;
   over_ = true;
+  connect_cancel_->Cancel();
   if (fabric_ != nullptr) {
     fabric_->Abort(action.status.ok() ? absl::CancelledError("the job is over") : action.status);
   }
@@ -185,6 +186,7 @@ void JobRunnerImpl::Do(core::Connect&) {
     options.size = request_.members;
     options.bind_host = request_.fabric_bind_host;
     options.stall_timeout = request_.fabric_stall_timeout;
+    options.connect_cancel = connect_cancel_;
     auto connected = std::make_shared<absl::StatusOr<std::unique_ptr<fabric::Fabric>>>(
         fabric::ConnectGlooFabric(options, peers_->rendezvous()));
     mailbox_->Post([this, connected] {

@@ -43,6 +43,8 @@ JobRunnerImpl::~JobRunnerImpl() {
     mailbox_->Post([] {});
     loop_.join();
   }
+  // Whoever frees this waits: a peer that does not come must not make that long.
+  connect_cancel_->Cancel();
   if (connector_.joinable()) connector_.join();
   // Closures that were posted and never ran may own the fabric or files: they end first.
   if (mailbox_ != nullptr) mailbox_->Take();
@@ -67,9 +69,10 @@ absl::Status JobRunnerImpl::Plan() {
   // The roomy plan where it can be had, else the tight one: the arena says what can be had.
   const std::string what = absl::StrCat("job '", request_.id, "'");
   ASSIGN_OR_RETURN(plan_, plan_for(std::numeric_limits<uint64_t>::max()));
-  if (absl::Status admitted = arena_->Admit(plan_.memory.total(), what); !admitted.ok()) {
+  const auto needed = [&] { return plan_.memory.total() + plan_.client_states_bytes_max; };
+  if (absl::Status admitted = arena_->Admit(needed(), what); !admitted.ok()) {
     ASSIGN_OR_RETURN(plan_, plan_for(0));
-    RETURN_IF_ERROR(arena_->Admit(plan_.memory.total(), what));
+    RETURN_IF_ERROR(arena_->Admit(needed(), what));
   }
   if (!plan_.node_sum && request_.local_world > kernels::kSourcesMax) {
     return absl::InvalidArgumentError(absl::StrCat(

@@ -192,6 +192,8 @@ class JobRunnerImpl : public JobRunner {
   std::map<uint32_t, CommittedState> blobs_;  // by rank
   std::vector<std::vector<core::Range>> put_;  // per unit: elements that were PUT, disjoint, sorted
   std::thread connector_;  // while the fabric connects
+  const std::shared_ptr<fabric::ConnectCancel> connect_cancel_ =
+      std::make_shared<fabric::ConnectCancel>();
   bool over_ = false;      // core has said End
   bool norm_was_needed_ = false;
   core::Step observed_step_ = 0;  // the last whose time was measured

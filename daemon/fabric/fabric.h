@@ -11,10 +11,12 @@
 // fabric is destroyed, never repaired; the job decides what comes next.
 #pragma once
 
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -82,11 +84,34 @@ class Rendezvous {
   virtual absl::StatusOr<std::string> Get(const std::string& key, absl::Duration timeout) = 0;
 };
 
+// Ends a ConnectGlooFabric that waits for a peer. Thread-safe.
+class ConnectCancel {
+ public:
+  void Cancel() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      cancelled_ = true;
+    }
+    changed_.notify_all();
+  }
+  bool cancelled() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return cancelled_;
+  }
+
+ private:
+  friend class ConnectDeadline;
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  bool cancelled_ = false;  // guarded by mutex_
+};
+
 struct FabricOptions {
   uint32_t rank = 0;
   uint32_t size = 1;
   std::string bind_host = "127.0.0.1";  // the local address that the transport listens on
   absl::Duration connect_timeout = absl::Seconds(30);
+  std::shared_ptr<ConnectCancel> connect_cancel;  // or null; the rendezvous has its own end
   // The silence of a peer in the middle of a transfer that ends the fabric.
   absl::Duration stall_timeout = absl::Seconds(30);
   size_t segment_bytes = 4 << 20;       // transfers are cut into pieces of this size
@@ -98,7 +123,8 @@ std::unique_ptr<Fabric> MakeLoopbackFabric();
 // Connects the members over TCP through Gloo; blocks until all have come or connect_timeout.
 // One member alone gets the loopback fabric. Nothing is encrypted or authenticated: the network
 // that bind_host belongs to must be a trusted one.
-// Errors: DEADLINE_EXCEEDED names the members that did not come; FAILED_PRECONDITION members
+// Errors: DEADLINE_EXCEEDED names the members that did not come; CANCELLED by connect_cancel;
+// FAILED_PRECONDITION members
 // differ in size or segment_bytes; INVALID_ARGUMENT options; UNAVAILABLE a member or the
 // rendezvous is gone.
 absl::StatusOr<std::unique_ptr<Fabric>> ConnectGlooFabric(const FabricOptions& options,

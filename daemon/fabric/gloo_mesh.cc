@@ -25,6 +25,43 @@
 #include "daemon/fabric/threads.h"
 
 namespace zerod::fabric {
+
+// Closes all pairs when the deadline passes or `cancel` says so, which ends a Pair::connect that
+// waits for a peer.
+class ConnectDeadline {
+ public:
+  ConnectDeadline(Mesh* mesh, SteadyTime deadline, std::shared_ptr<ConnectCancel> cancel)
+      : cancel_(cancel != nullptr ? std::move(cancel) : std::make_shared<ConnectCancel>()) {
+    BlockSignals inherited;
+    thread_ = std::thread([this, mesh, deadline] { Run(mesh, deadline); });
+  }
+  ~ConnectDeadline() {
+    {
+      std::lock_guard<std::mutex> lock(cancel_->mutex_);
+      over_ = true;
+    }
+    cancel_->changed_.notify_all();
+    thread_.join();
+  }
+
+ private:
+  void Run(Mesh* mesh, SteadyTime deadline) {
+    std::unique_lock<std::mutex> lock(cancel_->mutex_);
+    cancel_->changed_.wait_until(lock, deadline, [&] { return over_ || cancel_->cancelled_; });
+    while (!over_) {
+      lock.unlock();
+      mesh->CloseHard();
+      lock.lock();
+      // Again, for a connect that was just about to begin.
+      cancel_->changed_.wait_for(lock, std::chrono::milliseconds(100), [&] { return over_; });
+    }
+  }
+
+  const std::shared_ptr<ConnectCancel> cancel_;
+  bool over_ = false;  // guarded by cancel_->mutex_
+  std::thread thread_;
+};
+
 namespace {
 
 namespace tcp = gloo::transport::tcp;
@@ -132,33 +169,6 @@ absl::StatusOr<tcp::attr> AttributesOf(const std::string& bind_host) {
       "the fabric cannot bind to '", bind_host, "' (", why,
       "): name an address of this host, such as that of its fast network interface"));
 }
-
-// Closes all pairs when the deadline passes, which ends a Pair::connect that waits for a peer.
-class ConnectDeadline {
- public:
-  ConnectDeadline(Mesh* mesh, SteadyTime deadline) {
-    BlockSignals inherited;
-    thread_ = std::thread([this, mesh, deadline] {
-      std::unique_lock<std::mutex> lock(mutex_);
-      if (wake_.wait_until(lock, deadline, [&] { return over_; })) return;
-      mesh->CloseHard();
-    });
-  }
-  ~ConnectDeadline() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      over_ = true;
-    }
-    wake_.notify_one();
-    thread_.join();
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  bool over_ = false;  // guarded by mutex_
-  std::thread thread_;
-};
 
 // The announcements of all others, or who is missing.
 absl::StatusOr<std::vector<std::string>> Announcements(const FabricOptions& options,
@@ -313,7 +323,7 @@ absl::Status Mesh::ConnectPairs(const FabricOptions& options, Rendezvous* rendez
   RETURN_IF_ERROR(rendezvous->Set(KeyOf(options.rank), Announcement(options, *this)));
   ASSIGN_OR_RETURN(std::vector<std::string> announcements,
                    Announcements(options, rendezvous, deadline));
-  ConnectDeadline end_of_waiting(this, deadline);
+  ConnectDeadline end_of_waiting(this, deadline, options.connect_cancel);
   for (uint32_t peer = 0; peer < options.size; ++peer) {
     if (peer == options.rank) continue;
     ASSIGN_OR_RETURN(std::vector<char> address, AddressIn(announcements[peer], peer, options));
@@ -322,6 +332,9 @@ absl::Status Mesh::ConnectPairs(const FabricOptions& options, Rendezvous* rendez
       pair(peer).connect(address);
     } catch (const std::exception& e) {
       why = Words(e.what());
+    }
+    if (options.connect_cancel != nullptr && options.connect_cancel->cancelled()) {
+      return absl::CancelledError("the fabric is no longer wanted");
     }
     if (pair(peer).connected()) continue;
     if (Left(deadline) == absl::ZeroDuration()) {

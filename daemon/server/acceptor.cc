@@ -70,7 +70,9 @@ void Acceptor::Run() {
         Accept();
         continue;
       }
-      // Either end shut the connection down: it no longer counts.
+      // Either end shut the connection down: it no longer counts. Not by closing the duplicate
+      // alone: gRPC may still have the same connection open, which would stay in the set.
+      epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);
       watched_.erase(fd);
       count_.store(watched_.size(), std::memory_order_relaxed);
     }

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "daemon/server/job_table.h"
 
+#include <errno.h>
 #include <fcntl.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -71,16 +74,35 @@ void CompareNumbers(const char* name, T there, T here, std::vector<std::string>*
   if (there != here) out->push_back(absl::StrCat(name, " is ", there, " there, ", here, " here"));
 }
 
-absl::StatusOr<std::vector<shm::UniqueFd>> Duplicate(const std::vector<int>& fds) {
-  std::vector<shm::UniqueFd> copies;
-  for (int fd : fds) {
-    copies.emplace_back(fcntl(fd, F_DUPFD_CLOEXEC, 0));
-    if (!copies.back()) {
+// Descriptors (of what `fd` is) that keep the place of others, so that none is missing when there
+// is something to undo.
+absl::StatusOr<std::vector<shm::UniqueFd>> ReservePlaces(int fd, size_t count) {
+  std::vector<shm::UniqueFd> places;
+  while (places.size() < count) {
+    places.emplace_back(fcntl(fd, F_DUPFD_CLOEXEC, 0));
+    if (!places.back()) {
       return absl::ResourceExhaustedError(
           "the daemon is out of file descriptors: raise its limit (ulimit -n, LimitNOFILE)");
     }
   }
-  return copies;
+  return places;
+}
+
+// Makes duplicates of `fds` out of the places.
+void DuplicateInto(const std::vector<int>& fds, std::vector<shm::UniqueFd>* places) {
+  CHECK_LE(fds.size(), places->size());
+  places->resize(fds.size());
+  for (size_t i = 0; i < fds.size(); ++i) {
+    int result;
+    do {
+      result = dup3(fds[i], (*places)[i].get(), O_CLOEXEC);
+    } while (result < 0 && (errno == EINTR || errno == EBUSY));
+    CHECK_GE(result, 0) << "dup3: " << strerror(errno);
+  }
+}
+
+absl::Status ShuttingDown() {
+  return absl::UnavailableError("the daemon is shutting down: attach to its successor");
 }
 
 }  // namespace
@@ -151,7 +173,7 @@ absl::Status JobTable::WaitForJob(std::unique_lock<std::mutex>* lock,
       std::chrono::steady_clock::now() + absl::ToChronoNanoseconds(limits_.create_wait);
   for (;;) {
     if (admission_ == Admission::kClosed) {
-      return absl::UnavailableError("the daemon is shutting down: attach to its successor");
+      return ShuttingDown();
     }
     const auto it = jobs_.find(arguments.job);
     if (it == jobs_.end()) {
@@ -230,6 +252,17 @@ absl::Status JobTable::Create(std::unique_lock<std::mutex>* lock, const AttachAr
   if (made->ended) {
     return made->status.ok() ? absl::UnavailableError("the job ended") : made->status;
   }
+  if (admission_ == Admission::kClosed) {
+    // FailAll may have come and gone while there was nothing to fail.
+    const absl::Status closed = ShuttingDown();
+    {
+      Use use(this, made);
+      lock->unlock();
+      use->runner->Fail(closed, /*discard=*/false);
+    }
+    lock->lock();
+    return closed;
+  }
   *entry = made;
   return absl::OkStatus();
 }
@@ -258,8 +291,10 @@ absl::StatusOr<AttachResult> JobTable::Attach(const std::shared_ptr<Session>& se
   client.local_rank = arguments.local_rank;
   client.pid = session->pid();
   client.pidfd = session->gone_fd();
+  ASSIGN_OR_RETURN(std::vector<shm::UniqueFd> files,
+                   ReservePlaces(session->gone_fd(), shm::kClientFiles + 1));
   ASSIGN_OR_RETURN(engine::Attachment attachment, entry->runner->Attach(client));
-  ASSIGN_OR_RETURN(std::vector<shm::UniqueFd> files, Duplicate(attachment.fds));
+  DuplicateInto(attachment.fds, &files);
   attachment.fds.clear();
   session->SetPlace({arguments.job, entry->incarnation, attachment.slot});
   session->SetFiles(std::move(files));

@@ -35,6 +35,9 @@ struct Limits {
   size_t lost_jobs_max = 64;            // remembered, the oldest are forgotten
   uint32_t local_world_max = 64;        // ranks of a job on one node
   uint32_t world_max = 4096;
+  size_t fresh_links_max = 256;         // links of other daemons that have not said hello
+  int peer_streams_max = 64;            // calls at a time on one connection of another daemon
+  size_t peer_network_bytes_max = size_t{2} << 30;  // gRPC's own memory for other daemons
   size_t link_queue_bytes_max = size_t{256} << 20;  // unsent messages to one member
   size_t peer_message_bytes_max = size_t{64} << 20;
   size_t local_message_bytes_max = size_t{16} << 20;  // an AttachRequest with its model

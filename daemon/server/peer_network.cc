@@ -413,7 +413,10 @@ absl::Status PeerNetworkImpl::Listen(const std::string& listen, const std::strin
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 10000);
   builder.SetMaxReceiveMessageSize(static_cast<int>(limits_.peer_message_bytes_max));
   builder.SetMaxSendMessageSize(static_cast<int>(limits_.peer_message_bytes_max));
-  builder.SetResourceQuota(grpc::ResourceQuota("peers").SetMaxThreads(256));
+  // Whoever reaches the port may send: before the hello nothing is known of it.
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, limits_.peer_streams_max);
+  builder.SetResourceQuota(
+      grpc::ResourceQuota("peers").SetMaxThreads(256).Resize(limits_.peer_network_bytes_max));
   builder.RegisterService(this);
   server_ = builder.BuildAndStart();
   if (server_ == nullptr || port == 0) {
@@ -459,15 +462,34 @@ absl::StatusOr<std::shared_ptr<JobPeersImpl>> PeerNetworkImpl::Find(
 
 grpc::ServerBidiReactor<v1::LinkRequest, v1::LinkResponse>* PeerNetworkImpl::Link(
     grpc::CallbackServerContext* context) {
+  using Answer = absl::StatusOr<std::shared_ptr<LinkEvents>>;
+  std::unique_lock lock(mu_);
+  if (fresh_.size() >= limits_.fresh_links_max) {
+    std::erase_if(fresh_, [](const std::weak_ptr<ServerLink>& weak) {
+      const std::shared_ptr<ServerLink> link = weak.lock();
+      return link == nullptr || link->done() || link->greeted();
+    });
+  }
+  if (fresh_.size() >= limits_.fresh_links_max) {
+    lock.unlock();
+    const absl::Status full = absl::UnavailableError(
+        absl::StrCat(limits_.fresh_links_max, " links to this daemon have not said whose they "
+                     "are, more it does not take: ask again"));
+    std::shared_ptr<ServerLink> refused = ServerLink::Make(
+        context, limits_,
+        [full](const v1::Credentials&, const std::shared_ptr<ServerLink>&) -> Answer {
+          return full;
+        });
+    refused->Close(full, /*goodbye=*/false);
+    return refused.get();  // its own until gRPC is done with it
+  }
   std::shared_ptr<ServerLink> link = ServerLink::Make(
       context, limits_,
-      [this](const v1::Credentials& hello, const std::shared_ptr<ServerLink>& accepted)
-          -> absl::StatusOr<std::shared_ptr<LinkEvents>> {
+      [this](const v1::Credentials& hello, const std::shared_ptr<ServerLink>& accepted) -> Answer {
         ASSIGN_OR_RETURN(std::shared_ptr<JobPeersImpl> peers, Find(hello));
         RETURN_IF_ERROR(peers->Accept(hello.member(), accepted));
         return std::shared_ptr<LinkEvents>(peers);
       });
-  std::lock_guard lock(mu_);
   fresh_.push_back(link);
   return link.get();
 }

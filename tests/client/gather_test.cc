@@ -141,6 +141,48 @@ TEST(Gather, AnswerWithoutAValidCopyIsAnError) {
   EXPECT_EQ(daemon.hold(kA), 0u);
 }
 
+// Two threads, one unit: whoever looks in vain, or lets go, leaves the hold of the one who waits.
+TEST(Gather, AnotherThreadKeepsTheHoldOfOneThatWaits) {
+  for (const bool early : {false, true}) {
+    FakeDaemon daemon;
+    auto client = daemon.Attach();
+    daemon.SetHandler([](const shm::SubmitEntry&) {
+      return FakeDaemon::Reply{false, 0, "", 0};
+    });
+    absl::Status gathered;
+    std::thread waiting([&] { gathered = client->Gather(kB); });
+    daemon.WaitForRequests(1);
+    EXPECT_EQ(daemon.hold(kB), 1u);
+    EXPECT_FALSE(client->TryGather(kB));
+    EXPECT_EQ(daemon.hold(kB), 1u);
+    daemon.Publish(kB, 0, 10, 3.0f);
+    if (early) {  // the other one opens it first, and is done with it
+      EXPECT_TRUE(client->TryGather(kB));
+      client->Release(kB);
+      EXPECT_EQ(daemon.hold(kB), 1u);
+    }
+    daemon.Complete(daemon.requests()[0].cookie);
+    waiting.join();
+    EXPECT_TRUE(gathered.ok()) << gathered;
+    EXPECT_TRUE(client->Held(kB));
+    EXPECT_EQ(daemon.hold(kB), 1u);
+    EXPECT_EQ(Data(*client, 4)[0], 3.0f);
+    client->Release(kB);
+    EXPECT_EQ(daemon.hold(kB), 0u);
+  }
+}
+
+// What a tensor that outlives its client shows may be another unit's weights a moment later.
+TEST(Release, ComesWithTheClientsEnd) {
+  FakeDaemon daemon;
+  daemon.Publish(kA, 0, 10, 2.5f);
+  auto client = daemon.Attach();
+  ASSERT_TRUE(client->Gather(kA).ok());
+  const std::shared_ptr<const void> memory = client->memory();
+  client.reset();
+  EXPECT_EQ(daemon.hold(kA), 0u);
+}
+
 TEST(Gather, UnknownUnitIsAnError) {
   FakeDaemon daemon;
   auto client = daemon.Attach();

@@ -10,6 +10,7 @@
 #include <chrono>
 #include <cstring>
 #include <future>
+#include <thread>
 
 #include <gtest/gtest.h>
 
@@ -234,6 +235,34 @@ TEST(ConnectTest, MemberThatDiedAfterAnnouncingIsNotWaitedForLonger) {
   EXPECT_FALSE(made.ok());
   EXPECT_NE(made.status().message().find("member 0"), absl::string_view::npos) << made.status();
   EXPECT_LT(SecondsSince(start), 3.0);
+}
+
+// A member that announced itself and never calls: whoever waits for it may think better of it.
+TEST(ConnectTest, IsEndedByItsCaller) {
+  MapRendezvous before;
+  FabricOptions options = Options(2);
+  options.connect_timeout = absl::Milliseconds(200);
+  EXPECT_FALSE(ConnectGlooFabric(options, &before).ok());
+  // Of two members the one with the lower address is called: its own is lower than this one.
+  std::string announced = *before.Get("fabric/gloo/0", absl::Seconds(1));
+  const size_t host = announced.find("7f000001");
+  ASSERT_NE(host, std::string::npos) << announced;
+  announced.replace(host, 8, "7ffffffe");
+
+  MapRendezvous rendezvous;
+  ASSERT_TRUE(rendezvous.Set("fabric/gloo/0", announced).ok());
+  options.rank = 1;
+  options.connect_timeout = absl::Seconds(60);
+  options.connect_cancel = std::make_shared<ConnectCancel>();
+  std::thread caller([&] {
+    EXPECT_TRUE(rendezvous.Get("fabric/gloo/1", absl::Seconds(30)).ok());
+    options.connect_cancel->Cancel();
+  });
+  const auto start = Clock::now();
+  EXPECT_EQ(ConnectGlooFabric(options, &rendezvous).status().code(),
+            absl::StatusCode::kCancelled);
+  EXPECT_LT(SecondsSince(start), 20.0);
+  caller.join();
 }
 
 TEST(ConnectTest, RefusesUnequalMembersAndBadOptions) {

@@ -3,6 +3,7 @@
 // A JobRunner without memory and threads, which remembers what it is told.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <mutex>
 #include <string>
@@ -20,6 +21,7 @@ class FakeRunner : public engine::JobRunner {
       : peers_(peers), request_(std::move(request)), ended_(std::move(ended)) {}
 
   absl::StatusOr<engine::Attachment> Attach(const engine::ClientInfo& client) override {
+    ++attached_;
     engine::Attachment attachment;
     attachment.slot = client.local_rank;
     attachment.generation = 1;
@@ -60,6 +62,7 @@ class FakeRunner : public engine::JobRunner {
     }
     if (ended != nullptr) ended(std::move(status));
   }
+  int attached() const { return attached_; }
   engine::PeerSender* peers() const { return peers_; }
   std::vector<std::pair<core::MemberIndex, core::Message>> messages() {
     std::lock_guard lock(mu_);
@@ -74,6 +77,7 @@ class FakeRunner : public engine::JobRunner {
   engine::PeerSender* const peers_;
   const engine::JobRequest request_;
   const core::JobPlan plan_;
+  std::atomic<int> attached_{0};
   std::mutex mu_;
   std::function<void(absl::Status)> ended_;
   engine::JobSnapshot snapshot_;

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "daemon/server/job_table.h"
 
+#include <sys/resource.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <future>
 #include <memory>
@@ -83,6 +86,17 @@ class JobTableTest : public ::testing::Test {
               return std::unique_ptr<engine::JobRunner>(std::move(runner));
             },
             &network_, &sessions_, "127.0.0.1", 1, SmallLimits()) {}
+  // What is left of the process's descriptors is what is open now.
+  static rlimit CloseDescriptors() {
+    rlimit before{};
+    getrlimit(RLIMIT_NOFILE, &before);
+    const int next = dup(0);  // the lowest that is free
+    close(next);
+    rlimit none = before;
+    none.rlim_cur = static_cast<rlim_t>(next);
+    setrlimit(RLIMIT_NOFILE, &none);
+    return before;
+  }
   ~JobTableTest() override {
     table_.FailAll(absl::AbortedError("the test is over"));
     EXPECT_TRUE(table_.WaitEmpty(absl::Seconds(20)));
@@ -253,6 +267,33 @@ TEST_F(JobTableTest, JobsComeAndGoUnderManyHands) {
   stop = true;
   watcher.join();
   EXPECT_GT(created_, 1);
+}
+
+TEST_F(JobTableTest, AJobThatIsMadeWhileTheDaemonClosesEndsAtOnce) {
+  std::promise<void> gate;
+  gate_ = gate.get_future().share();
+  absl::Status status;
+  std::thread attaching([&] { status = table_.Attach(NewSession(), Arguments("a")).status(); });
+  ASSERT_TRUE(Eventually([&] { return created_ == 1; }));
+  table_.SetAdmission(Admission::kClosed);
+  table_.FailAll(absl::UnavailableError("SIGTERM"));  // nothing runs yet
+  gate.set_value();
+  attaching.join();
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
+  EXPECT_TRUE(table_.WaitEmpty(absl::Seconds(20)));
+}
+
+TEST_F(JobTableTest, WithoutDescriptorsNobodyIsAttached) {
+  ASSERT_TRUE(table_.Attach(NewSession(), Arguments("a", 0)).ok());
+  const auto session = NewSession();
+  const int before = runner_->attached();
+  const rlimit limit = CloseDescriptors();
+  const absl::Status status = table_.Attach(session, Arguments("a", 1)).status();
+  setrlimit(RLIMIT_NOFILE, &limit);
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(runner_->attached(), before);
+  EXPECT_TRUE(table_.Attach(session, Arguments("a", 1)).ok());
+  EXPECT_EQ(runner_->attached(), before + 1);
 }
 
 }  // namespace

@@ -18,7 +18,9 @@
 #include "absl/time/clock.h"
 #include "daemon/server/rendezvous_map.h"
 #include "gmock/gmock.h"
+#include "grpcpp/grpcpp.h"
 #include "gtest/gtest.h"
+#include "proto/zerod/v1/peer.grpc.pb.h"
 #include "tests/server/daemon_process.h"
 #include "tests/server/fake_runner.h"
 
@@ -182,6 +184,39 @@ TEST_F(PeersTest, ARefusedMemberLearnsWhy) {
                 HasSubstr("has 2 members"));
   }
   EXPECT_TRUE(zero.runner->downs().empty());
+}
+
+TEST_F(PeersTest, LinksThatSayNothingAreBounded) {
+  Limits limits = FastLimits();
+  limits.fresh_links_max = 4;
+  auto a = Network(limits);
+  const auto stub = v1::Peer::NewStub(
+      grpc::CreateChannel(a->address(), grpc::InsecureChannelCredentials()));
+  constexpr int kLinks = 6;
+  grpc::ClientContext contexts[kLinks];
+  std::vector<std::unique_ptr<grpc::ClientReaderWriter<v1::LinkRequest, v1::LinkResponse>>> links;
+  for (grpc::ClientContext& context : contexts) links.push_back(stub->Link(&context));
+  int refused = 0;
+  for (auto& link : links) {
+    v1::LinkResponse response;
+    EXPECT_FALSE(link->Read(&response));
+    const grpc::Status status = link->Finish();
+    if (status.error_code() == grpc::StatusCode::UNAVAILABLE) {
+      EXPECT_THAT(status.error_message(), HasSubstr("have not said whose they are"));
+      ++refused;
+    } else {  // ended when it had said nothing for a lease
+      EXPECT_EQ(status.error_code(), grpc::StatusCode::CANCELLED);
+    }
+  }
+  EXPECT_EQ(refused, kLinks - 4);
+  // Who says whose it is finds room again.
+  auto b = Network();
+  Member zero(a.get(), Job(0, 2, a->address()));
+  Member one(b.get(), Job(1, 2, a->address()));
+  zero.Start();
+  one.Start();
+  one.peers->Send(0, WantOf(1));
+  EXPECT_TRUE(Eventually([&] { return zero.runner->messages().size() == 1; }));
 }
 
 TEST_F(PeersTest, WhoNeverComesIsLost) {
