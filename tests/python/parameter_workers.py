@@ -35,6 +35,7 @@ def three_engines_of_one_module() -> list[tuple]:
             engine.step()
         trained = digest(engine.state_dict())
         output = engine(zoo.batch(0, 0)).detach()
+        assert torch.equal(copy.deepcopy(model)(zoo.batch(0, 0)), output)
         assert [unit.resident for unit in engine.client.units].count(False) == 4 * bool(live)
         engine.destroy()
         assert torch.equal(model(zoo.batch(0, 0)), output)

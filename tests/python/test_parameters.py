@@ -2,9 +2,12 @@
 """What scripts do with the parameters of an engine outside of the training loop."""
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
+from torch import nn
 
 import cluster
 import zoo
@@ -75,8 +78,10 @@ def on_no_module(model):
         assert not module._state_dict_hooks and not module._load_state_dict_pre_hooks
         assert not module._forward_hooks and not module._forward_pre_hooks
         assert not isinstance(module._parameters, WatchedParameters)
+        assert "__reduce_ex__" not in module.__dict__
     for parameter in model.parameters():
         assert not parameter._post_accumulate_grad_hooks
+        assert "__deepcopy__" not in parameter.__dict__
         assert not hasattr(parameter, "ds_status")
     return True
 
@@ -135,3 +140,70 @@ def test_free_memory_and_prepare_again():
     for state, begun, trained in first:
         assert state == begun != trained
     assert first[0][2] == first[1][0] and first[1][2] == first[2][0]
+
+
+# --- Copies.
+
+
+class Tied(nn.Module):
+    """Two names of one parameter, a buffer, and a hook of the script's."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(zoo.Block(), zoo.Block())
+        self.head = nn.Linear(zoo.WIDTH, zoo.WIDTH)
+        self.layers[1].norm.weight = self.layers[0].norm.weight
+        self.register_buffer("scale", torch.full((1,), 2.0))
+        self.head.register_forward_hook(_double)
+
+    def forward(self, x):
+        return self.head(self.layers(x)) * self.scale
+
+
+def _double(module, args, output):
+    return 2 * output
+
+
+def by_torch(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+WAYS = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "torch": by_torch,
+}
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_copy_is_plain(stage, way):
+    """For an average of the weights, or a reference model."""
+    engine = start(Tied(), stage)
+    x = zoo.batch(0, 0)
+    train(engine, 1)
+    output = engine(x).detach()
+    twin = WAYS[way](engine.module)
+    forward_hooks = twin.head.__dict__["_forward_hooks"]
+    assert len(forward_hooks) == 1
+    forward_hooks.clear()
+    assert on_no_module(twin) and not twin.head._forward_hooks_always_called
+    assert twin.layers[0].norm.weight is twin.layers[1].norm.weight
+    twin.head.register_forward_hook(_double)
+    assert torch.equal(twin(x), output)
+    # Each goes its own way.
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    twin(x).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(twin(x), output) and torch.equal(engine(x), output)
+    train(engine, 1)
+    assert not torch.equal(engine(x), output)
+    part = WAYS[way](engine.module.layers[0])
+    expected = engine.state_dict()
+    assert all(torch.equal(value, expected[f"layers.0.{name}"])
+               for name, value in part.state_dict().items())
+    engine.destroy()

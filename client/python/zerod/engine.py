@@ -13,6 +13,7 @@ from torch import nn
 from zerod import at_exit, collectives, garbage, gathered
 from zerod.backward import BackwardPass
 from zerod.client_state import ClientState
+from zerod.copying import PlainCopies
 from zerod.further import Further
 from zerod.hooks import Gathering, Trace
 from zerod.launch import Launch
@@ -107,6 +108,9 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
         self._state = ClientState(self.module, limit, may_omit=parts.written_for_deepspeed)
         self.progress = Progress(self.config, self.global_rank)
         self.access = gathered.EngineAccess(self)
+        self._copies = PlainCopies(
+            self, lambda: [*self.gathering.handles, *self._state_dict_hooks.handles]
+        )
         self.resumed_step: int = self.client.resumed_step
         self._skipped_at: list[int] = []
         self._replay: Replay | None = None
@@ -455,6 +459,7 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
     def _let_go(self) -> None:
         """Nothing of the engine is on the module any more. Idempotent."""
         self._has_module = False
+        self._copies.remove()
         self.gathering.remove()
         self.backward_pass.remove()
         self._state_dict_hooks.remove()

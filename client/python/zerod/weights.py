@@ -102,23 +102,23 @@ class StateDictHooks:
     def __init__(self, weights: Weights, model: nn.Module) -> None:
         self._weights = weights
         self._of_module: dict[int, list[tuple[str, ManagedParameter]]] = {}
-        self._handles: list[Any] = []
+        self.handles: list[Any] = []
         self._cache: tuple[Any, dict[int, Any]] = (lambda: None, {})
         self.master = False
         for managed in weights.parameters:
             for module, attribute in managed.registered:
                 if id(module) not in self._of_module:
                     self._of_module[id(module)] = []
-                    self._handles.append(
+                    self.handles.append(
                         module._register_state_dict_hook(self._after_state_dict)
                     )
                 self._of_module[id(module)].append((attribute, managed))
-        self._handles.append(model.register_load_state_dict_pre_hook(self._before_load))
+        self.handles.append(model.register_load_state_dict_pre_hook(self._before_load))
 
     def remove(self) -> None:
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
-        self._handles = []
+        self.handles = []
 
     def _after_state_dict(
         self, module: nn.Module, destination: Any, prefix: str, _: Any
