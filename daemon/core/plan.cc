@@ -125,7 +125,12 @@ void PlanState(const Config& config, const Layout& layout, uint32_t members, Mem
   const Partition partition(layout, members);
   const uint32_t stage = config.zero.stage;
   const uint64_t window_bytes = plan->window.base_chunks * kChunkBytes;
-  const uint64_t shard = partition.ShardElements(self);
+  uint64_t masters = 0;
+  uint64_t copied = 0;
+  for (UnitIndex u = 0; u < layout.units().size(); ++u) {
+    masters += MasterRange(layout, partition, stage, u, self).size();
+    copied += CopyRange(layout, partition, stage, plan->window.resident[u], u, self).size();
+  }
   const uint64_t trainable_shard = partition.TrainableShardElements(self);
   MemoryPlan& m = plan->memory;
   const bool fp32 = layout.dtype() == DType::kFloat32;
@@ -136,9 +141,9 @@ void PlanState(const Config& config, const Layout& layout, uint32_t members, Mem
   if (plan->master_in_window) {
     m.parameters = window_bytes;
   } else {
-    m.parameters = PageUp(4 * (stage == 0 || members == 1 ? layout.elements() : shard));
+    m.parameters = PageUp(4 * masters);
     (stage < 3 ? m.copies : m.window) = window_bytes;
-    if (!fp32 && stage == 3 && members > 1) m.copies = PageUp(2 * shard);
+    m.copies += PageUp(2 * copied);
   }
   if (members > 1) {
     m.gradients = PageUp(4 * (stage <= 1 ? layout.trainable_elements() : trainable_shard));
@@ -263,6 +268,22 @@ uint64_t PieceElements(const Layout& layout, uint32_t members, uint64_t bucket_e
       std::max(bucket_elements, kBucketElementsMin) / (kPiecesInFlight * members);
   const uint64_t wanted = std::max(bucket / kStep * kStep, RoundUp(largest / kPiecesMax, kStep));
   return std::min({uint64_t{1} << 20, fitting / kStep * kStep, wanted, RoundUp(largest, kStep)});
+}
+
+Range MasterRange(const Layout& layout, const Partition& partition, uint32_t stage, UnitIndex u,
+                  MemberIndex self) {
+  const Unit& unit = layout.units()[u];
+  const Range all{0, layout.dtype() == DType::kFloat32 ? unit.elements : unit.trainable_elements};
+  const bool full = stage == 0 || partition.members() == 1;
+  return full ? all : Intersect(partition.Shard(u, self), all);
+}
+
+Range CopyRange(const Layout& layout, const Partition& partition, uint32_t stage, bool resident,
+                UnitIndex u, MemberIndex self) {
+  if (layout.dtype() == DType::kFloat32 || stage < 3) return {0, 0};
+  if (partition.members() > 1) return partition.Shard(u, self);
+  const Unit& unit = layout.units()[u];
+  return resident ? Range{0, 0} : Range{unit.trainable_elements, unit.elements};
 }
 
 DType WireType(const Config& config, DType parameters) {

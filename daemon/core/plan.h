@@ -17,8 +17,9 @@ namespace zerod::core {
 
 // Bytes on one member. "Full" below means all units, "shard" this member's part.
 //   parameters  fp32 values: stage 0-2 in fp32 the full window copy (which is the master copy),
-//               else the fp32 master: full at stage 0, shard at 1-3
-//   copies      bf16: stage 0-2 the full window copy; stage 3 the 16-bit copy of the shard
+//               else the fp32 master: full at stage 0, shard at 1-3, in 16-bit jobs of what is
+//               trained only (MasterRange)
+//   copies      16-bit jobs: stage 0-2 the full window copy; stage 3 what CopyRange says
 //   gradients   reduced gradients: full at stages 0 and 1, shard at 2 and 3; none with one member
 //               (the optimizer reads the clients' gradients, or the accumulator)
 //   moments     Layout::state_tensors (Adam: exp_avg, exp_avg_sq): full at stage 0, shard at 1-3
@@ -90,6 +91,16 @@ uint64_t PieceElements(const Layout& layout, uint32_t members, uint64_t bucket_e
 // The type of gradients between members: communication_data_type; where that is left out, the
 // parameters' own, as in DeepSpeed.
 DType WireType(const Config& config, DType parameters);
+
+// Elements of unit `u` of which member `self` keeps fp32 master weights, where they are not the
+// window itself: all at stage 0 and with one member, else its shard; in a 16-bit job none that are
+// not trained, which nothing rounds: their 16-bit values are all there is.
+Range MasterRange(const Layout& layout, const Partition& partition, uint32_t stage, UnitIndex u,
+                  MemberIndex self);
+// Those of which it keeps 16-bit copies beside the window, to send from or to fill it again: at
+// stage 3 its shard; with one member what has no master, where the unit may be evicted.
+Range CopyRange(const Layout& layout, const Partition& partition, uint32_t stage, bool resident,
+                UnitIndex u, MemberIndex self);
 
 // `available_bytes`: what the node can give, for choosing the gradient plan. FAILED_PRECONDITION
 // or RESOURCE_EXHAUSTED with the value that works where the window cannot.

@@ -10,6 +10,7 @@
 namespace zerod::engine {
 namespace {
 
+using core::Intersect;
 using core::MemberIndex;
 using core::Range;
 
@@ -86,13 +87,19 @@ class Gather : public Movement {
       std::byte* place = copy_.Contiguous(own);
       return place != nullptr ? static_cast<void*>(place) : SendFrom(staging);
     }
-    if (c_.store->has_copies()) return c_.store->copy(unit_, own.begin);
+    if (element_bytes_ == 2) return c_.store->copy(unit_, own.begin);
     return c_.store->master(unit_, own.begin);
   }
   void CopyOwn(Range range) const {
     if (element_bytes_ == 4) return copy_.Store(range, c_.store->master(unit_, range.begin));
-    if (c_.store->has_copies()) return copy_.Store(range, c_.store->copy(unit_, range.begin));
-    copy_.ForEach(range, [&](std::byte* data, Range piece) {
+    const Range copied = Intersect(range, c_.store->CopyRange(unit_));
+    if (!copied.empty()) {
+      copy_.Store(copied, c_.store->copy(unit_, copied.begin));
+      range.end = copied.begin;  // copies are kept of all, or of what has no master: the end
+    }
+    const Range mastered = Intersect(range, c_.store->MasterRange(unit_));
+    if (mastered.empty()) return;
+    copy_.ForEach(mastered, [&](std::byte* data, Range piece) {
       Narrow(c_.layout->dtype(), c_.store->master(unit_, piece.begin), data, piece.size());
     });
   }

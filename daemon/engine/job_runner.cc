@@ -93,6 +93,7 @@ absl::Status JobRunnerImpl::Reserve() {
   options.partition = partition_.get();
   options.self = request_.self;
   options.stage = request_.config.zero.stage;
+  options.resident = plan_.window.resident;
   options.master_in_window = plan_.master_in_window;
   options.node_sum = plan_.node_sum;
   ASSIGN_OR_RETURN(store_, ShardStore::Create(options, arena_));

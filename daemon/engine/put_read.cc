@@ -103,9 +103,11 @@ class Put : public Movement {
     if (!kept.empty() && !c_.plan->master_in_window) {
       const float* from = values + (kept.begin - range.begin);
       memcpy(c_.store->master(unit_, kept.begin), from, kept.size() * sizeof(float));
-      if (c_.store->has_copies()) {
-        Narrow(c_.layout->dtype(), from, c_.store->copy(unit_, kept.begin), kept.size());
-      }
+    }
+    const Range copied = Intersect(range, c_.store->CopyRange(unit_));
+    if (!copied.empty()) {
+      Narrow(c_.layout->dtype(), values + (copied.begin - range.begin),
+             c_.store->copy(unit_, copied.begin), copied.size());
     }
     if (!resident_) return;
     if (c_.layout->dtype() == core::DType::kFloat32) return copy_.Store(range, values);
@@ -202,15 +204,41 @@ class Read : public Movement {
     return master ? c_.partition->Shard(unit_, m) : c_.partition->TrainableShard(unit_, m);
   }
   void Load(Range range, float* out) const {
-    if (kind_ != core::StateKind::kGradient) return copy_.Load(range, out);
-    SumRange(*c_.layout, *sources_, range, out);
+    if (kind_ == core::StateKind::kGradient) {
+      SumRange(*c_.layout, *sources_, range, out);
+    } else if (c_.plan->master_in_window) {
+      copy_.Load(range, out);
+    } else {
+      LoadWithoutMaster(range, out);
+    }
+  }
+  // A range of which a part, its end, has 16-bit values only: beside the window, else in it.
+  void LoadWithoutMaster(Range range, float* out) const {
+    const core::DType dtype = c_.layout->dtype();
+    const Range mastered = Intersect(range, c_.store->MasterRange(unit_));
+    if (!mastered.empty()) {
+      memcpy(out, c_.store->master(unit_, mastered.begin), mastered.size() * sizeof(float));
+    }
+    const Range rest{range.begin + mastered.size(), range.end};
+    if (rest.empty()) return;
+    float* const to = out + mastered.size();
+    if (const void* copy = c_.store->copy(unit_, rest.begin)) {
+      return Widen(dtype, copy, to, rest.size());
+    }
+    copy_.ForEach(rest, [&](std::byte* data, Range piece) {
+      Widen(dtype, data, to + (piece.begin - rest.begin), piece.size());
+    });
   }
   // Where this member's own elements lie; null where they must be put together.
   float* Direct(Range range) const {
     if (kind_ == core::StateKind::kGradient) return nullptr;
     if (kind_ == core::StateKind::kExpAvg) return c_.store->moment(0, unit_, range.begin);
     if (kind_ == core::StateKind::kExpAvgSq) return c_.store->moment(1, unit_, range.begin);
-    if (!c_.plan->master_in_window) return c_.store->master(unit_, range.begin);
+    if (!c_.plan->master_in_window) {
+      const Range kept = c_.store->MasterRange(unit_);
+      const bool whole = kept.begin <= range.begin && range.end <= kept.end;
+      return whole ? c_.store->master(unit_, range.begin) : nullptr;
+    }
     return reinterpret_cast<float*>(copy_.Contiguous(range));
   }
 

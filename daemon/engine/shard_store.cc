@@ -33,16 +33,14 @@ absl::StatusOr<std::unique_ptr<ShardStore>> ShardStore::Create(const Options& op
   const core::Partition& partition = *options.partition;
   const bool several = partition.members() > 1;
   store->full_ = options.stage == 0 || !several;
-  const bool copies = layout.dtype() != core::DType::kFloat32 && options.stage == 3 && several;
   const bool full_gradients = options.stage <= 1;
   for (UnitIndex u = 0; u < layout.units().size(); ++u) {
     const core::Unit& unit = layout.units()[u];
-    const Range all{0, unit.elements};
     const Range trainable{0, unit.trainable_elements};
-    const Range shard = partition.Shard(u, options.self);
     const Range trainable_shard = partition.TrainableShard(u, options.self);
-    store->master_.Keep(store->full_ ? all : shard);
-    store->copies_.Keep(shard);
+    store->master_.Keep(core::MasterRange(layout, partition, options.stage, u, options.self));
+    store->copies_.Keep(core::CopyRange(layout, partition, options.stage, options.resident[u], u,
+                                        options.self));
     for (Array& moment : store->moments_) moment.Keep(store->full_ ? trainable : trainable_shard);
     store->gradients_.Keep(full_gradients ? trainable : trainable_shard);
     store->accumulator_.Keep(trainable);
@@ -51,7 +49,7 @@ absl::StatusOr<std::unique_ptr<ShardStore>> ShardStore::Create(const Options& op
   if (!options.master_in_window) {
     RETURN_IF_ERROR(store->master_.Allocate(arena, "fp32 weights" + of_job, 4));
   }
-  if (copies) RETURN_IF_ERROR(store->copies_.Allocate(arena, "16-bit copies" + of_job, 2));
+  RETURN_IF_ERROR(store->copies_.Allocate(arena, "16-bit copies" + of_job, 2));
   const char* const names[] = {"exp_avg", "exp_avg_sq"};
   for (uint32_t i = 0; i < layout.state_tensors(); ++i) {
     RETURN_IF_ERROR(store->moments_[i].Allocate(arena, names[i] + of_job, 4));
@@ -64,7 +62,8 @@ absl::StatusOr<std::unique_ptr<ShardStore>> ShardStore::Create(const Options& op
 }
 
 void* ShardStore::copy(UnitIndex u, uint64_t element) const {
-  if (!copies_.region) return nullptr;
+  const Range kept = copies_.ranges[u];
+  if (element < kept.begin || element >= kept.end) return nullptr;
   return reinterpret_cast<uint16_t*>(copies_.region.data()) + copies_.offsets[u] +
          (element - copies_.ranges[u].begin);
 }

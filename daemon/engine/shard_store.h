@@ -5,9 +5,9 @@
 // each (unit, element); who may touch what when is the log's business.
 //
 // Which elements of a unit are kept ("full": all; "shard": core::Partition's):
-//   master       fp32     full at stage 0 and with one member, else shard; not here at all where
-//                         the window is the master copy (JobPlan::master_in_window)
-//   copies       16 bits  of the layout's type: shard, stage 3 with several members
+//   master       fp32     core::MasterRange; not here at all where the window is the master copy
+//                         (JobPlan::master_in_window)
+//   copies       16 bits  of the layout's type: core::CopyRange
 //   moments      fp32     Layout::state_tensors of them; full at stage 0 and with one member, else
 //                         shard; trainable elements
 //   gradients    fp32     full at stages 0 and 1, else shard; trainable; several members only
@@ -33,6 +33,7 @@ class ShardStore {
     const core::Partition* partition = nullptr;  // outlives the store
     core::MemberIndex self = 0;
     uint32_t stage = 0;
+    std::vector<bool> resident;  // per unit: WindowSpec's
     bool master_in_window = false;
     bool node_sum = false;
   };
@@ -42,14 +43,14 @@ class ShardStore {
 
   // True where every element is kept here: stage 0, or one member.
   bool full() const { return full_; }
-  bool has_copies() const { return bool{copies_.region}; }
-  // Elements that this member keeps weights of, and those it updates.
+  // Elements that this member keeps master weights and 16-bit copies of, and those it updates.
   core::Range MasterRange(core::UnitIndex u) const { return master_.ranges[u]; }
+  core::Range CopyRange(core::UnitIndex u) const { return copies_.ranges[u]; }
   core::Range TrainRange(core::UnitIndex u) const { return moments_[0].ranges[u]; }
   core::Range GradientRange(core::UnitIndex u) const { return gradients_.ranges[u]; }
 
   // Null where the store has no such memory. REQUIRES: `element` in the range kept (its end is
-  // allowed where nothing is read).
+  // allowed where nothing is read). For a copy it is asked: null outside of the range too.
   float* master(core::UnitIndex u, uint64_t element) const { return master_.At(u, element); }
   void* copy(core::UnitIndex u, uint64_t element) const;
   float* moment(int which, core::UnitIndex u, uint64_t element) const {

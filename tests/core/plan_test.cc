@@ -92,6 +92,34 @@ TEST(PlanTest, Bf16KeepsFp32MastersBesideTheCopies) {
   EXPECT_EQ(sharded.memory.copies, Pages(2 * partition.ShardElements(1)));
 }
 
+TEST(PlanTest, WhatIsNotTrainedHasNoMasterIn16Bits) {
+  ModelDescription model = Gpt(8, 128);
+  model.dtype = DType::kBFloat16;
+  uint64_t adapters = 0;
+  for (ParameterDescription& p : model.parameters) p.trainable = ++adapters % 8 == 0;
+  const Layout layout = *Layout::Build(model, {});
+  const uint64_t frozen = layout.elements() - layout.trainable_elements();
+  ASSERT_GT(frozen, layout.trainable_elements());
+
+  // With room for everything, and below stage 3, the window has them.
+  for (const int stage : {0, 2, 3}) {
+    const JobPlan plan = *PlanJob(Stage(stage), layout, 1, 0, 1, kPlenty);
+    EXPECT_EQ(plan.memory.parameters, Pages(4 * layout.trainable_elements()));
+    EXPECT_EQ(plan.memory.copies + plan.memory.window, layout.chunks() * 64 * 1024);
+  }
+  // Else they are kept beside it.
+  Config small = Stage(3);
+  small.zero.param_persistence_threshold = 0;
+  small.zero.max_live_parameters = layout.elements() / 2;
+  const JobPlan evicting = *PlanJob(small, layout, 1, 0, 1, kPlenty);
+  EXPECT_EQ(evicting.memory.parameters, Pages(4 * layout.trainable_elements()));
+  EXPECT_EQ(evicting.memory.copies, Pages(2 * frozen));
+  const Partition partition(layout, 2);
+  const JobPlan sharded = *PlanJob(small, layout, 2, 1, 1, kPlenty);
+  EXPECT_EQ(sharded.memory.parameters, Pages(4 * partition.TrainableShardElements(1)));
+  EXPECT_EQ(sharded.memory.copies, Pages(2 * partition.ShardElements(1)));
+}
+
 // Reads the number behind `words` in a message.
 uint64_t NumberAfter(const std::string& text, const std::string& words) {
   const size_t at = text.find(words);

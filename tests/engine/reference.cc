@@ -60,6 +60,10 @@ Reference::Reference(const core::Layout* layout, uint32_t members, uint32_t loca
       node_sum_(node_sum) {
   for (UnitIndex u = 0; u < layout_->units().size(); ++u) {
     master_.push_back(InitialValues(*layout_, u));
+    const uint64_t trainable = layout_->units()[u].trainable_elements;
+    for (uint64_t i = trainable; i < master_.back().size(); ++i) {  // these have no master
+      master_.back()[i] = Rounded(master_.back()[i]);
+    }
     for (auto& moments : moments_) {
       moments.emplace_back(layout_->units()[u].trainable_elements, 0.0f);
     }
