@@ -267,6 +267,12 @@ def test_a_script_that_writes_is_started_again(nodes, tmp_path):
     assert len(present) == 4 and not any(line.endswith("[]") for line in present), present
     manifest = json.loads((tmp_path / "killed/at6/manifest.json").read_text())
     assert manifest["global_steps"] in (6, 7)
+    # It goes back, and dies before the next step or one later.
+    back = result(run("back", back_at=6))
+    assert back["sums"] != expected["sums"]
+    for kill_at in (6, 7):
+        code, text = run(f"back-{kill_at}", "--max-restarts", "1", back_at=6, kill_at=kill_at)
+        assert result((code, text))["sums"] == back["sums"]
 
 
 # --- The Trainer of Transformers.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plain script for DeepSpeed that sets weights after initialize(), saves, keeps its two newest
 checkpoints, and prints gradient norms. argv: OPTIONS, JSON: folder, pretrained (a checkpoint of
-another run), kill_at."""
+another run), kill_at, back_at (after this step it loads the checkpoint of two steps before)."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad, safe_set_full_fp32_param
 from torch import nn
 
-options = {"kill_at": 0, "pretrained": ""} | json.loads(sys.argv[1])
+options = {"kill_at": 0, "back_at": 0, "pretrained": ""} | json.loads(sys.argv[1])
 folder = Path(options["folder"])
 rank = int(os.environ["RANK"])
 first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
@@ -54,12 +54,15 @@ for step in range(1, 9):
         if rank == 0:
             whole = [p.parent.name for p in folder.glob("at*/manifest.json")]
             print("CHECKPOINTS", first, step, sorted(whole), flush=True)
+    if step == options["back_at"]:
+        engine.load_checkpoint(folder, tag=f"at{step - 2}")
+        assert engine.global_steps == step - 2
     deepspeed.comm.barrier()
     if step == options["kill_at"] and first and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 sums = {name: value.double().sum().item() for name, value in engine.state_dict().items()}
 older = torch.load(folder / "model2.bin")["0.weight"].double().sum().item()
 engine.load_checkpoint(folder, tag="at8")
-assert engine.global_steps == 8
+assert engine.global_steps == (6 if options["back_at"] else 8)
 if rank == 0:
     print("RESULT", json.dumps({"sums": sums, "older": older, "norms": norms}))
