@@ -104,8 +104,15 @@ void CheckOffload(ParseState* state) {
   CheckNvmePath("zero_optimization.offload_optimizer", zero.offload_optimizer.device,
                 zero.offload_optimizer.nvme_path, state);
   if (problems.Concerns("zero_optimization.stage")) return;
-  const auto needs = [&zero, &problems](absl::string_view key, const std::string& device,
+  // Of a part of the state that DeepSpeed leaves on the device below `stages`. Here it is in this
+  // node's memory at every stage: what was wanted is so.
+  const auto needs = [&zero, &problems, state](absl::string_view key, const std::string& device,
                                         absl::string_view stages) {
+    if (device == "cpu") {
+      return state->Warn(absl::StrCat("zero_optimization.", key),
+                         absl::StrCat("\"cpu\" is so at every stage; DeepSpeed does it at stage ",
+                                      stages, " only, and this is ", zero.stage));
+    }
     problems.Add(absl::StrCat("zero_optimization.", key),
                  absl::StrCat(Quoted(device), " needs zero_optimization.stage ", stages,
                               ", and it is ", zero.stage, "; DeepSpeed would not do it either, "

@@ -325,6 +325,9 @@ def from_config(config: dict[str, Any], optimizer: torch.optim.Optimizer) -> Any
     if not section:
         return None
     name, params = section["type"], section["params"]
+    if params.get("warmup_num_steps") == 0:
+        # What Transformers writes for "auto" without a warm-up.
+        params = params | {"warmup_num_steps": 1}
     kind = SCHEDULES.get(name) or getattr(torch.optim.lr_scheduler, name, None)
     if kind is None:
         raise ValueError(f"scheduler.type {name!r}: this PyTorch ({torch.__version__}) has none")

@@ -204,6 +204,8 @@ def _before_load(module: nn.Module, state: Any, prefix: str, metadata: Any, *_: 
     if metadata.get("assign_to_params_buffers", False):
         return  # they are replaced, not written
     for name, parameter in module._parameters.items():
+        if prefix + name not in state:
+            continue  # part of a checkpoint: this one is loaded another time
         born = nursery.find(parameter) if parameter is not None else None
         if born is not None and born.arena is not None and not born.gathered:
             raise RuntimeError(
