@@ -61,6 +61,34 @@ def test_deepspeeds_attributes_mean_stage_3(stage):
     assert not hasattr(parameters[0], "ds_id")
 
 
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("stage", [0, 3])
+def test_frozen_parameters_that_are_excluded_are_not_read(stage, tmp_path):
+    """An adapter of a large model is saved in the memory of an adapter."""
+    model = zoo.Stack()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("head."))
+    engine = start(model, stage)
+    read, reads = engine.weights.read, []
+    engine.weights.read = lambda managed: reads.append(managed.name) or read(managed)
+    expected = {name: value for name, value in engine.state_dict().items()
+                if name.startswith("head.")}
+    assert len(reads) > len(expected) > 0
+    for way in (
+        lambda: engine.module_state_dict(exclude_frozen_parameters=True),
+        lambda: engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True),
+        lambda: (engine.save_16bit_model(tmp_path, exclude_frozen_parameters=True)
+                 and torch.load(tmp_path / "pytorch_model.bin")),
+    ):
+        reads.clear()
+        state = way()
+        assert sorted(reads) == sorted(state) == sorted(expected)
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert len(engine.state_dict()) > len(expected)  # the next one is whole again
+    engine.destroy()
+    assert engine.module_state_dict(exclude_frozen_parameters=True).keys() == expected.keys()
+
+
 # --- After the engine.
 
 

@@ -3,7 +3,8 @@
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -105,6 +106,7 @@ class StateDictHooks:
         self.handles: list[Any] = []
         self._cache: tuple[Any, dict[int, Any]] = (lambda: None, {})
         self.master = False
+        self._excludes_frozen = False
         for managed in weights.parameters:
             for module, attribute in managed.registered:
                 if id(module) not in self._of_module:
@@ -120,12 +122,25 @@ class StateDictHooks:
             handle.remove()
         self.handles = []
 
+    @contextmanager
+    def excluding_frozen(self) -> Iterator[None]:
+        """Inside, a state_dict has no parameters that require no gradient; they are not read."""
+        self._excludes_frozen = True
+        try:
+            yield
+        finally:
+            self._excludes_frozen = False
+
     def _after_state_dict(
         self, module: nn.Module, destination: Any, prefix: str, _: Any
     ) -> None:
         for attribute, managed in self._of_module[id(module)]:
             name = prefix + attribute
-            if name in destination:
+            if name not in destination:
+                continue
+            if self._excludes_frozen and not managed.parameter.requires_grad:
+                del destination[name]
+            else:
                 destination[name] = self._value(destination, managed)
 
     def _value(self, destination: Any, managed: ManagedParameter) -> torch.Tensor:
