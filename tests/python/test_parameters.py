@@ -50,8 +50,9 @@ def test_deepspeeds_attributes_mean_stage_3(stage):
         assert all(p.ds_status == zerod.ZeroParamStatus.NOT_AVAILABLE for p in parameters)
     # Collective writes go in the order of the model, whatever the caller's.
     reads = []
-    engine.weights.read = lambda managed, read=engine.weights.read: (
-        reads.append(managed.index) or read(managed))
+    read = engine.weights.read
+    engine.weights.read = lambda managed, **options: (
+        reads.append(managed.index) or read(managed, **options))
     with zerod.GatheredParameters(reversed(parameters), modifier_rank=0):
         parameters[0].data.fill_(0.5)
     assert reads == sorted(reads) and len(set(reads)) == len(parameters)
@@ -70,7 +71,8 @@ def test_frozen_parameters_that_are_excluded_are_not_read(stage, tmp_path):
         parameter.requires_grad_(name.startswith("head."))
     engine = start(model, stage)
     read, reads = engine.weights.read, []
-    engine.weights.read = lambda managed: reads.append(managed.name) or read(managed)
+    engine.weights.read = lambda managed, **options: (
+        reads.append(managed.name) or read(managed, **options))
     expected = {name: value for name, value in engine.state_dict().items()
                 if name.startswith("head.")}
     assert len(reads) > len(expected) > 0
