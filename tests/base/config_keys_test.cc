@@ -211,6 +211,9 @@ const struct {
     {R"("tensor_parallel": {"autotp_size": 1, "preset_model": "llama"})", "",
      "tensor_parallel: is not served and is off here; leave it out"},
     {R"("zero_optimization": {"mics_shard_size": -1})", "", ""},
+    {R"("data_types": {"buffer_dtype": "bf16", "keep_in_fp32_modules": ["router.*bias"]})",
+     R"("buffer_dtype":"bf16","grad_accum_dtype":null,"keep_in_fp32_modules":["router.*bias"])",
+     ""},
 };
 
 TEST(ConfigKeysTest, Accepted) {
@@ -269,6 +272,7 @@ const struct {
     {R"("tensor_parallel": {"autotp_size": 4})", "tensor_parallel: is not served: there is no"},
     {R"("tensor_parallel": {"autotp_size": "1"})", "tensor_parallel: is not served: there is no"},
     {R"("tensor_parallel": {"preset_model": "llama"})", "tensor_parallel: is not served"},
+    {R"("data_types": {"buffer_dtype": "int8"})", R"("int8" is not allowed; it must be "fp32")"},
     {R"("sequence_parallel_size": 2)", "sequence_parallel_size: is not served: there is no seq"},
     {R"("seq_parallel_communication_data_type": "bf16")", R"("bf16" is not served: there is no)"},
     {R"("activation_checkpointing": {"cpu_checkpointing": true})", "torch.utils.checkpoint works"},

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zerod import _zerod
+from zerod import _zerod, constructors
 from zerod.model import ManagedParameter, ModelDescription
 from zerod.nursery import nursery
 from zerod.parameter_status import owners
@@ -57,7 +57,7 @@ class Weights:
         self, managed: ManagedParameter, kind: str = "master", dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
         """In memory of its own, beside which it needs a piece. Needs no other rank."""
-        values = torch.empty(managed.shape, dtype=dtype)
+        values = constructors.empty(managed.shape, dtype=dtype)
         flat = values.view(-1)
         direct = flat if dtype == torch.float32 else None
         for begin, piece in self._pieces(managed, kind, direct):
@@ -73,7 +73,7 @@ class Weights:
         elements = math.prod(managed.shape)
         view = self._views[managed.index]
         if self._scratch is None:
-            self._scratch = torch.empty(PIECE_ELEMENTS_MAX)
+            self._scratch = constructors.empty(PIECE_ELEMENTS_MAX, dtype=torch.float32)
         scratch = self._scratch
         for begin in range(0, elements, PIECE_ELEMENTS_MAX):
             count = min(elements - begin, PIECE_ELEMENTS_MAX)
