@@ -63,19 +63,27 @@ def test_deepspeeds_attributes_mean_stage_3(stage):
 
 
 @pytest.mark.usefixtures("fake")
-@pytest.mark.parametrize("stage", [0, 3])
-def test_frozen_parameters_that_are_excluded_are_not_read(stage, tmp_path):
+@pytest.mark.parametrize("stage, precision", [(0, {}), (3, {}), (3, {"bf16": {"enabled": True}})])
+def test_frozen_parameters_that_are_excluded_are_not_read(stage, precision, tmp_path):
     """An adapter of a large model is saved in the memory of an adapter."""
+    import zerod
+
     model = zoo.Stack()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("head."))
-    engine = start(model, stage)
+    engine = start(model, stage, **precision)
+    x = zoo.batch(0, 0).to(torch.bfloat16 if precision else torch.float32)
+    engine.backward(engine(x).float().square().mean())
+    engine.step()
     read, reads = engine.weights.read, []
     engine.weights.read = lambda managed, **options: (
         reads.append(managed.name) or read(managed, **options))
     expected = {name: value for name, value in engine.state_dict().items()
                 if name.startswith("head.")}
     assert len(reads) > len(expected) > 0
+    with zerod.GatheredParameters(list(model.head.parameters())):
+        assert all(torch.equal(parameter, expected[f"head.{name}"])
+                   for name, parameter in model.head.named_parameters())
     for way in (
         lambda: engine.module_state_dict(exclude_frozen_parameters=True),
         lambda: engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True),

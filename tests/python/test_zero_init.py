@@ -12,6 +12,7 @@ from zero_init_workers import CONFIG, wait_for_no_arenas
 
 WORKERS = "zero_init_workers:"
 PRETRAINED = "pretrained_workers:"
+BUFFERS = "buffer_workers:"
 
 
 def run(function: str, nodes: int = 1, world: int = 2, workers: str = WORKERS, **arguments) -> list:
@@ -71,7 +72,7 @@ def test_buffers_fit_what_a_model_of_16_bits_computes():
     scores = ["0.frequencies", "0.score_bias", "0.score_scale"]
     every = ["0.frequencies", "0.old", "0.score_bias", "0.score_scale", "0.table"]
     chosen = ["0.frequencies", "0.old", "0.table"]
-    results = run("buffers_of_16_bits")
+    results = run("buffers_of_16_bits", workers=BUFFERS)
     assert results[0] == results[1]
     assert [(born, after) for born, after, _ in results[0]] == [
         (plain, plain), (plain, plain), (listed, listed), (scores, scores), (plain, plain),
@@ -81,7 +82,7 @@ def test_buffers_fit_what_a_model_of_16_bits_computes():
 
 
 def test_an_engine_that_is_made_inside():
-    run("initialized_within")
+    run("initialized_within", workers=BUFFERS)
 
 
 def test_what_is_not_served_is_refused():

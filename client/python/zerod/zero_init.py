@@ -91,15 +91,12 @@ class Init:
             raise ValueError(f"dtype is {dtype}; float32, bfloat16 and float16 are served")
         if pending_bytes_max < 0:
             raise ValueError(f"pending_bytes_max is {pending_bytes_max}; it is a number of bytes")
-        unserved = {
-            "zero_param_parallel_group": zero_param_parallel_group,
-            "zero_quantized_weights": zero_quantized_weights,
-            "zero_quantized_nontrainable_weights": zero_quantized_nontrainable_weights,
-            "param_swapper": param_swapper,
-        }
-        for name, value in unserved.items():
-            if value:
-                raise NotImplementedError(f"zero.Init does not serve {name}: leave it out")
+        _refuse(
+            zero_param_parallel_group=zero_param_parallel_group,
+            zero_quantized_weights=zero_quantized_weights,
+            zero_quantized_nontrainable_weights=zero_quantized_nontrainable_weights,
+            param_swapper=param_swapper,
+        )
         launch = Launch.from_environment()
         for group in (data_parallel_group, sequence_data_parallel_group):
             _check_group(group, launch.world)
@@ -384,6 +381,12 @@ def _gathering_apply(original: Any) -> Any:
 def _in_arena(parameter: nn.Parameter) -> bool:
     born = nursery.find(parameter)
     return born is not None and born.arena is not None and not born.gathered
+
+
+def _refuse(**unserved: Any) -> None:
+    for name, value in unserved.items():
+        if value:
+            raise NotImplementedError(f"zero.Init does not serve {name}: leave it out")
 
 
 def _check_group(group: Any, world: int) -> None:
