@@ -8,6 +8,8 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
 #include "base/check.h"
 
 namespace zerod {
@@ -43,6 +45,24 @@ Words KeysElsewhere(absl::string_view name) {
     }
   }
   return paths;
+}
+
+// `{"a": {"b": ...}}` for the path "a.b" within `block` that is nearest to `key`, or empty.
+std::string NestedNearest(absl::string_view block, absl::string_view key) {
+  Words paths;
+  for (const ConfigKey& each : ConfigKeys()) {
+    absl::string_view path = each.path;
+    if (!block.empty() && !absl::ConsumePrefix(&path, absl::StrCat(block, "."))) continue;
+    if (absl::StrContains(path, '.') && each.served <= Served::kNoMeaning) paths.emplace_back(path);
+  }
+  const std::string nearest = NearestWord(key, paths);
+  if (nearest.empty()) return "";
+  const Words names = absl::StrSplit(nearest, '.');
+  std::string nested = "...";
+  for (auto name = names.rbegin(); name != names.rend(); ++name) {
+    nested = absl::StrCat("{\"", *name, "\": ", nested, "}");
+  }
+  return nested;
 }
 
 // Whether `path`, a key or a block, has something that is served as far as `worst`.
@@ -406,6 +426,11 @@ bool IsGatedOff(const ConfigKey& key, const Config& config) {
   return key.gate != nullptr && !key.gate->on(config);
 }
 
+bool HasSizeOfOne(const ConfigKey& key, const Json& value) {
+  if (key.size == nullptr || !value.is_object() || !value.contains(key.size)) return false;
+  return value[key.size] == 0 || value[key.size] == 1;
+}
+
 bool IsOff(const Json& value) {
   if (value.is_null() || value == false || value == 0 || value == "") return true;
   if (!value.is_structured()) return false;
@@ -413,7 +438,18 @@ bool IsOff(const Json& value) {
   return std::all_of(value.begin(), value.end(), IsOff);
 }
 
+bool IsIdentity(const ConfigKey& key, const Json& value) {
+  if (key.also != nullptr && value == Json::parse(key.also)) return true;
+  return key.size != nullptr && value.is_object() && value.size() == 1 && HasSizeOfOne(key, value);
+}
+
 std::string AdviceForUnknownKey(absl::string_view block, const std::string& key) {
+  if (absl::StrContains(key, '.')) {
+    if (const std::string nested = NestedNearest(block, key); !nested.empty()) {
+      return absl::StrCat("is not a known key, for a dot does not nest; did you mean ", nested,
+                          "?");
+    }
+  }
   const Words elsewhere = KeysElsewhere(key);
   if (!elsewhere.empty() && elsewhere.size() <= 3) {
     return absl::StrCat("is not a key here; did you mean ", absl::StrJoin(elsewhere, " or "), "?");

@@ -63,6 +63,7 @@ struct ConfigKey {
   const Gate* gate = nullptr;
   Words types = {};   // of the optimizer or scheduler that has this parameter; empty: every one
   const char* also = nullptr;  // JSON text of a value besides the default that is served
+  const char* size = nullptr;  // without a slot: the block's member by which 0 and 1 switch it off
 };
 
 // An older or shorter name of a key.
@@ -111,6 +112,10 @@ bool IsGatedOff(const ConfigKey& key, const Config& config);
 // Whether a value of a key without a slot switches it off: null, false, zero, nothing in it, or
 // {"enabled": false, ...}.
 bool IsOff(const Json& value);
+// Whether `value` is a block in which the member `key.size` is 0 or 1, whatever else is there.
+bool HasSizeOfOne(const ConfigKey& key, const Json& value);
+// Whether a value of a key without a slot is one that asks for what happens anyway: a group of one.
+bool IsIdentity(const ConfigKey& key, const Json& value);
 
 // What is wrong with the unknown key `key` of `block` (empty: the top), with advice.
 std::string AdviceForUnknownKey(absl::string_view block, const std::string& key);

@@ -19,8 +19,8 @@ constexpr char kSchedulerParams[] = "scheduler.params";
 
 // A key that has no slot: it can be switched off, or left out.
 void ReadSwitch(const ConfigKey& key, const Json& value, ParseState* state) {
-  if (value.is_null()) return;
-  const bool off = IsOff(value) || (key.also != nullptr && value == Json::parse(key.also));
+  if (value.is_null() || IsIdentity(key, value)) return;
+  const bool off = IsOff(value) || HasSizeOfOne(key, value);
   const char* const state_text = key.served == Served::kNotYet ? "not served yet" : "not served";
   if (off) {
     state->Warn(key.path, absl::StrCat("is ", state_text, " and is off here; leave it out"));

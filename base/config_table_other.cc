@@ -239,13 +239,10 @@ void AppendZerodKeys(std::vector<ConfigKey>* keys) {
 
 void AppendNeverKeys(std::vector<ConfigKey>* keys) {
   static constexpr char kGone[] = "it was removed from DeepSpeed";
-  static constexpr char kSequence[] = "there is no sequence parallelism";
   const std::pair<const char*, const char*> never[] = {
       {"pipeline", "there is no pipeline parallelism"},
-      {"tensor_parallel", "there is no tensor parallelism"},
       {"expert_parallel", "there is no expert parallelism"},
       {"use_data_before_expert_parallelism", "there is no expert parallelism"},
-      {"sequence_parallel_size", kSequence},
       {"activation_checkpointing", "torch.utils.checkpoint works"},
       {"hybrid_engine", "it is for generation within training"},
       {"compile", "torch.compile works; DeepCompile's passes rewrite DeepSpeed's own hooks"},
@@ -267,6 +264,11 @@ void AppendNeverKeys(std::vector<ConfigKey>* keys) {
   for (const auto& [path, note] : never) {
     keys->push_back({.path = path, .served = Served::kNever, .note = note});
   }
+  // What launchers write into every file, for a group of one.
+  keys->push_back({.path = "tensor_parallel", .served = Served::kNever,
+                   .note = "there is no tensor parallelism", .size = "autotp_size"});
+  keys->push_back({.path = "sequence_parallel_size", .served = Served::kNever,
+                   .note = "there is no sequence parallelism", .also = "1"});
 }
 
 }  // namespace

@@ -168,7 +168,7 @@ void AppendUnservedKeys(std::vector<ConfigKey>* keys) {
       {.path = "zero_optimization.zenflow", .served = Served::kNever,
        .note = "every step uses every gradient"},
       {.path = "zero_optimization.mics_shard_size", .served = Served::kNever,
-       .note = "it was removed from DeepSpeed"},
+       .note = "it was removed from DeepSpeed", .also = "-1"},
       {.path = "zero_optimization.mics_hierarchical_params_gather", .served = Served::kNever,
        .note = "it was removed from DeepSpeed"},
       {.path = "zero_optimization.zeropp_loco_param", .served = Served::kNever,

@@ -96,6 +96,7 @@ std::string NoteText(const ConfigKey& key) {
     absl::StrAppend(&note, note.empty() ? "" : ". ", more);
   };
   if (key.also != nullptr) add(absl::StrCat(Code(key.also), " is accepted too"));
+  if (key.size != nullptr) add(absl::StrCat(Code(key.size), " 0 or 1 is off"));
   if (key.gate != nullptr) add(absl::StrCat("Without ", key.gate->text, " it has no effect"));
   if (!key.types.empty()) add(absl::StrCat("Of ", absl::StrJoin(key.types, ", ")));
   if (!key.later.empty()) add(absl::StrCat("Not yet: ", absl::StrJoin(key.later, ", ")));

@@ -206,6 +206,18 @@ const struct {
     {R"("elasticity": {"enabled": false, "max_train_batch_size": 2000})", "", "elasticity: is not"},
     {R"("zero_optimization": {"legacy_stage1": false})", "", "zero_optimization.legacy_stage1: is"},
     {R"("pipeline": null)", "", ""},
+    // A group of one is what there is anyway.
+    {R"("sequence_parallel_size": 1)", "", ""},
+    {R"("sequence_parallel_size": 0)", "", "sequence_parallel_size: is not served and is off here"},
+    {R"("tensor_parallel": {"autotp_size": 1})", "", ""},
+    {R"("tensor_parallel": {"autotp_size": 0})", "", ""},
+    {R"("tensor_parallel": {})", "", "tensor_parallel: is not served and is off here"},
+    {R"("tensor_parallel": {"autotp_size": 1, "preset_model": "llama"})", "",
+     "tensor_parallel: is not served and is off here; leave it out"},
+    {R"("zero_optimization": {"mics_shard_size": -1})", "", ""},
+    {R"("data_types": {"buffer_dtype": "bf16", "keep_in_fp32_modules": ["router.*bias"]})",
+     R"("buffer_dtype":"bf16","grad_accum_dtype":null,"keep_in_fp32_modules":["router.*bias"])",
+     ""},
 };
 
 TEST(ConfigKeysTest, Accepted) {
@@ -262,6 +274,9 @@ const struct {
     {R"("amp": {"enabled": true})", "amp: is not served: it was removed from DeepSpeed; use bf16"},
     {R"("pipeline": {"stages": 2})", "pipeline: is not served: there is no pipeline parallelism"},
     {R"("tensor_parallel": {"autotp_size": 4})", "tensor_parallel: is not served: there is no"},
+    {R"("tensor_parallel": {"autotp_size": "1"})", "tensor_parallel: is not served: there is no"},
+    {R"("tensor_parallel": {"preset_model": "llama"})", "tensor_parallel: is not served"},
+    {R"("data_types": {"buffer_dtype": "int8"})", R"("int8" is not allowed; it must be "fp32")"},
     {R"("sequence_parallel_size": 2)", "sequence_parallel_size: is not served: there is no seq"},
     {R"("seq_parallel_communication_data_type": "bf16")", R"("bf16" is not served: there is no)"},
     {R"("activation_checkpointing": {"cpu_checkpointing": true})", "torch.utils.checkpoint works"},

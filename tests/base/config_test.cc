@@ -280,7 +280,14 @@ TEST(ConfigTest, RefusedKeys) {
       {R"("bf16": {"qqqqqqqq": 1})",
        "bf16.qqqqqqqq: is not a known key; the keys here are enabled, check_grad_overflow"},
       {R"("optimizer.type": "AdamW")",
-       R"("optimizer.type": is not a key here; did you mean optimizer.type?)"},
+       R"("optimizer.type": is not a known key, for a dot does not nest; did you mean )"
+       R"({"optimizer": {"type": ...}}?)"},
+      {R"("zero_optimization.stge": 3)",
+       R"("zero_optimization.stge": is not a known key, for a dot does not nest; did you mean )"
+       R"({"zero_optimization": {"stage": ...}}?)"},
+      {R"("optimizer": {"type": "AdamW", "params.lr": 1})",
+       R"(optimizer."params.lr": is not a known key, for a dot does not nest; did you mean )"
+       R"({"params": {"lr": ...}}?)"},
       {R"("gradient_clipping": 1, "gradient_clipping": 1)",
        "gradient_clipping: is given more than once; keep one"},
       {R"("zerod": {"units": {"a": "x", "a": "y"}})",

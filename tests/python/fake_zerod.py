@@ -64,6 +64,7 @@ DEFAULTS = {
     "bf16": {"enabled": False},
     "fp16": {"enabled": False, "auto_cast": False, "loss_scale": 0},
     "torch_autocast": {"enabled": False},
+    "data_types": {"buffer_dtype": None, "keep_in_fp32_modules": "auto"},
     "zero_optimization": {
         "stage": 3, "stage3_param_persistence_threshold": 0, "overlap_comm": None,
         "compute_grad_norm": True, "log_trace_cache_warnings": False,

@@ -69,3 +69,37 @@ def sees_update(config: dict) -> dict:
     engine.destroy()
     return {"seen": seen, "same_address": same_address, "waits": counters.gather_waits,
             "hits": counters.gather_hits}
+
+
+def writes_in_private_copies(layers: int, config: dict) -> dict:
+    """What rank 1 writes in a 16-bit job: the peak beside the model, by rank, and that the master
+    copy of all else keeps its bits."""
+    from zero_init_workers import Peak
+
+    engine = _engine(layers, config)
+    loss = engine(torch.ones(2, 256, dtype=torch.bfloat16))
+    engine.backward(loss)
+    engine.step()  # now the master copy has bits that bfloat16 has not
+    parameters = list(engine.module.parameters())
+    elements = sum(p.numel() for p in parameters)
+    expected = engine.state_dict(master=True)
+    expected["layers.0.0.weight"][:, 3] = 0.25
+    expected["layers.1.2.weight"].fill_(-2.0)
+    with Peak() as peak, zerod.GatheredParameters(parameters, modifier_rank=1):
+        engine.module.layers[0][0].weight.data[:, 3] = 0.25
+        engine.module.layers[1][2].weight.data = torch.full((256, 1024), -2.0)
+    state = engine.state_dict(master=True)
+    equal = all(torch.equal(state[name], value) for name, value in expected.items())
+    # A tensor that does not fit is an error where it was given, and holds nobody up.
+    wrong = zerod.GatheredParameters(parameters, modifier_rank=1)
+    message = ""
+    try:
+        with wrong:
+            parameters[0].data = torch.ones(2, 2)
+    except ValueError as error:
+        message = str(error)
+    same = all(torch.equal(engine.state_dict(master=True)[name], value)
+               for name, value in state.items())
+    zerod.barrier()
+    engine.destroy()
+    return {"peak": peak.more, "bytes": 2 * elements, "equal": equal and same, "error": message}

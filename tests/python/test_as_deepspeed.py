@@ -11,6 +11,8 @@ from pathlib import Path
 
 import cluster
 import pytest
+import torch
+from safetensors.torch import load_file
 
 SCRIPTS = Path(__file__).parent / "scripts"
 BIN = Path(sys.executable).parent
@@ -234,6 +236,21 @@ def test_save_state_and_load_state(nodes, stage, tmp_path):
     assert two["rates"][0] == one["rates"][-1]
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_moments_of_save_state_and_load_state(nodes, stage, tmp_path):
+    """Before the first step, after a load, and in the middle of an accumulation."""
+    got = result(accelerate("moments_script.py", "--use_deepspeed", nodes=nodes,
+                            arguments={"stage": stage, "folder": str(tmp_path)}))
+    assert len({got["begun"], got["between"], got["whole"]}) == 3
+    assert got["begun_again"] == got["begun"]
+    assert got["from_again"] == got["whole"]  # bit for bit, moments and schedule too
+    assert got["past_within"] == got["whole"], "saving must not touch the gradients"
+    assert "after engine.step()" in got["load_within"]
+    assert got["within"] == got["between"]
+    # Accelerate knows that the accumulation was half done: its second half makes the step.
+    assert got["from_within"] not in (got["within"], got["whole"])
+
+
 def test_killed_and_started_again_without_a_checkpoint(nodes):
     """The script begins at its beginning, and comes to the same weights."""
     expected = result(torchrun("accelerate_script.py", {"stage": 2}, nodes=nodes,
@@ -291,11 +308,25 @@ def test_trainer_with_checkpoint_and_resume(nodes, stage, tmp_path):
         assert rest["rates"][step] == whole["rates"][step]
 
 
-def test_lora_under_stage_3(nodes, tmp_path):
-    got = result(torchrun("trainer_script.py", {"stage": 3, "lora": True, "output": str(tmp_path)},
-                          nodes=nodes))
+@pytest.mark.parametrize("stage", [2, 3])
+def test_lora(nodes, stage, tmp_path):
+    """What is saved of an adapter is what was trained, by every way of saving it."""
+    arguments = {"stage": stage, "lora": True, "output": str(tmp_path)}
+    got = result(torchrun("trainer_script.py", arguments, nodes=nodes))
     assert len(got["losses"]) == 8
-    assert (tmp_path / "final/adapter_model.safetensors").exists()
+    expected = torch.load(tmp_path / "expected.bin")
+    assert len(expected) == 4 and sorted(got["moved"]) == sorted(expected)
+    assert got["changed"] == [] and got["whole"]
+    saved = load_file(tmp_path / "final/adapter_model.safetensors")
+    for state in (torch.load(tmp_path / "trained.bin"), torch.load(tmp_path / "whole.bin"),
+                  {name.replace(".weight", ".default.weight"): value
+                   for name, value in saved.items()}):
+        assert sorted(state) == sorted(expected)
+        assert all(torch.equal(value, expected[name]) for name, value in state.items())
+    # The checkpoint of the fourth step has others: it is not the last values that lie there.
+    earlier = load_file(tmp_path / "checkpoint-4/adapter_model.safetensors")
+    assert earlier.keys() == saved.keys()
+    assert not any(torch.equal(value, earlier[name]) for name, value in saved.items())
 
 
 # --- Experts and generation.

@@ -101,3 +101,15 @@ def test_one_member_gathers_nothing_and_every_forward_sees_the_step():
         assert result["waits"] == 0
         assert len(set(result["seen"])) == len(result["seen"])
     assert results[0]["seen"] == results[1]["seen"]
+
+
+def test_writing_parameters_takes_one_copy_in_their_own_type():
+    """On the rank that writes too; the fp32 master is read again piece by piece."""
+    with cluster.daemons(1) as running:
+        results = cluster.run("memory_workers:writes_in_private_copies", running, 2, layers=16,
+                              config=config(3, bf16={"enabled": True}))
+    for rank, result in enumerate(results):
+        assert result["bytes"] <= result["peak"] + (4 << 20), "what was measured?"
+        assert result["peak"] < result["bytes"] + (16 << 20), result
+        assert result["equal"]
+        assert ("nothing is written" in result["error"]) == (rank == 1)

@@ -324,6 +324,29 @@ def test_bf16(fake):
     assert engine.state_dict(master=True)["head.weight"].dtype == torch.float32
 
 
+@pytest.mark.parametrize(("types", "expected"), [
+    ({}, [torch.float32, torch.float16]),
+    ({"buffer_dtype": "BF16"}, [torch.bfloat16, torch.bfloat16]),
+    ({"buffer_dtype": "bf16", "keep_in_fp32_modules": ["b.*d"]}, [torch.bfloat16, torch.float32]),
+    ({"keep_in_fp32_modules": ["b"]}, [torch.float32, torch.float32]),
+])
+def test_types_of_buffers(fake, types, expected):
+    model = nn.Sequential()
+    model.a = nn.Module()
+    model.b = nn.Module()
+    model.layer = nn.Linear(4, 4)
+    model.a.register_buffer("one", torch.full((2,), 1.5))
+    model.b.register_buffer("second", torch.full((2,), 2.5, dtype=torch.float16))
+    model.b.register_buffer("count", torch.tensor(3))
+    same = list(model.buffers())
+    engine = start(model, fake, bf16={"enabled": True}, data_types=types)
+    buffers = list(engine.module.buffers())
+    assert [b.dtype for b in buffers] == [*expected, torch.int64]
+    assert all(b is before for b, before in zip(buffers, same))
+    assert [float(b.sum()) for b in buffers] == [3.0, 5.0, 3.0]
+    engine.destroy()
+
+
 def test_refused_models(fake):
     import zerod
 

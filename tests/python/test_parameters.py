@@ -50,8 +50,9 @@ def test_deepspeeds_attributes_mean_stage_3(stage):
         assert all(p.ds_status == zerod.ZeroParamStatus.NOT_AVAILABLE for p in parameters)
     # Collective writes go in the order of the model, whatever the caller's.
     reads = []
-    engine.weights.read = lambda managed, read=engine.weights.read: (
-        reads.append(managed.index) or read(managed))
+    read = engine.weights.read
+    engine.weights.read = lambda managed, **options: (
+        reads.append(managed.index) or read(managed, **options))
     with zerod.GatheredParameters(reversed(parameters), modifier_rank=0):
         parameters[0].data.fill_(0.5)
     assert reads == sorted(reads) and len(set(reads)) == len(parameters)
@@ -59,6 +60,43 @@ def test_deepspeeds_attributes_mean_stage_3(stage):
         assert parameters[0].eq(0.5).all()
     engine.destroy()
     assert not hasattr(parameters[0], "ds_id")
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("stage, precision", [(0, {}), (3, {}), (3, {"bf16": {"enabled": True}})])
+def test_frozen_parameters_that_are_excluded_are_not_read(stage, precision, tmp_path):
+    """An adapter of a large model is saved in the memory of an adapter."""
+    import zerod
+
+    model = zoo.Stack()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("head."))
+    engine = start(model, stage, **precision)
+    x = zoo.batch(0, 0).to(torch.bfloat16 if precision else torch.float32)
+    engine.backward(engine(x).float().square().mean())
+    engine.step()
+    read, reads = engine.weights.read, []
+    engine.weights.read = lambda managed, **options: (
+        reads.append(managed.name) or read(managed, **options))
+    expected = {name: value for name, value in engine.state_dict().items()
+                if name.startswith("head.")}
+    assert len(reads) > len(expected) > 0
+    with zerod.GatheredParameters(list(model.head.parameters())):
+        assert all(torch.equal(parameter, expected[f"head.{name}"])
+                   for name, parameter in model.head.named_parameters())
+    for way in (
+        lambda: engine.module_state_dict(exclude_frozen_parameters=True),
+        lambda: engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True),
+        lambda: (engine.save_16bit_model(tmp_path, exclude_frozen_parameters=True)
+                 and torch.load(tmp_path / "pytorch_model.bin")),
+    ):
+        reads.clear()
+        state = way()
+        assert sorted(reads) == sorted(state) == sorted(expected)
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert len(engine.state_dict()) > len(expected)  # the next one is whole again
+    engine.destroy()
+    assert engine.module_state_dict(exclude_frozen_parameters=True).keys() == expected.keys()
 
 
 # --- After the engine.

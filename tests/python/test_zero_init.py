@@ -12,6 +12,7 @@ from zero_init_workers import CONFIG, wait_for_no_arenas
 
 WORKERS = "zero_init_workers:"
 PRETRAINED = "pretrained_workers:"
+BUFFERS = "buffer_workers:"
 
 
 def run(function: str, nodes: int = 1, world: int = 2, workers: str = WORKERS, **arguments) -> list:
@@ -62,6 +63,26 @@ def test_torch_is_left_as_it_was():
 
 def test_where_the_dtype_comes_from():
     run("types_of_values")
+
+
+def test_buffers_fit_what_a_model_of_16_bits_computes():
+    """As under DeepSpeed's Init: what torch's constructors make is of the job's type, but for what
+    the model or the configuration lists."""
+    plain, listed = ["0.frequencies"], ["0.frequencies", "0.score_bias"]
+    scores = ["0.frequencies", "0.score_bias", "0.score_scale"]
+    every = ["0.frequencies", "0.old", "0.score_bias", "0.score_scale", "0.table"]
+    chosen = ["0.frequencies", "0.old", "0.table"]
+    results = run("buffers_of_16_bits", workers=BUFFERS)
+    assert results[0] == results[1]
+    assert [(born, after) for born, after, _ in results[0]] == [
+        (plain, plain), (plain, plain), (listed, listed), (scores, scores), (plain, plain),
+        (chosen, chosen), (listed, every), (listed, ["0.score_bias"]),
+    ]
+    assert results[0][0][2] == 5.0  # bfloat16's nearest to 5.01
+
+
+def test_an_engine_that_is_made_inside():
+    run("initialized_within", workers=BUFFERS)
 
 
 def test_what_is_not_served_is_refused():

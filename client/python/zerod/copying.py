@@ -44,7 +44,7 @@ class PlainCopies:
         if self._engine.access.available(managed.index):
             values = parameter.data.clone()
         else:
-            values = self._engine.weights.read(managed).to(managed.dtype)
+            values = self._engine.weights.read(managed, dtype=managed.dtype)
         result = nn.Parameter(values, parameter.requires_grad)
         memo[id(parameter)] = result
         return result

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zerod import at_exit, collectives, garbage, gathered
+from zerod import at_exit, collectives, constructors, garbage, gathered
 from zerod.backward import BackwardPass
 from zerod.client_state import ClientState
 from zerod.copying import PlainCopies
@@ -454,7 +454,7 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
         self.gathering.reset()
         self._let_go()
         for managed in self.description.parameters:
-            managed.parameter.data = torch.empty(managed.shape)
+            managed.parameter.data = constructors.empty(managed.shape, dtype=torch.float32)
 
     def _let_go(self) -> None:
         """Nothing of the engine is on the module any more. Idempotent."""

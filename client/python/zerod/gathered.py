@@ -134,9 +134,8 @@ class EngineAccess:
             self._engine.gathering.pins[unit] -= 1
             self._engine.gathering.release(unit)
 
-    def begin_write(
-        self, indices: list[int], rank: int
-    ) -> dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def begin_write(self, indices: list[int], rank: int) -> dict[int, torch.Tensor]:
+        """What the parameters pointed to."""
         engine = self._engine
         check_modifier(rank, engine.world_size)
         if engine.backward_pass.has_gradients:
@@ -146,39 +145,57 @@ class EngineAccess:
             )
         engine.versions.check()
         engine.gathering.reset()
-        originals = {}
-        for index in indices:
-            managed = engine.description.parameters[index]
-            master = engine.weights.read(managed)
-            private = master.to(managed.dtype, copy=True)
-            originals[index] = (managed.parameter.data, master, private.clone())
-            managed.parameter.data = private
-        self._written.update(originals)
-        return originals
+        mapped: dict[int, torch.Tensor] = {}
+        try:
+            for index in indices:
+                managed = engine.description.parameters[index]
+                private = engine.weights.read(managed, dtype=managed.dtype)
+                mapped[index] = managed.parameter.data
+                managed.parameter.data = private
+        except BaseException:
+            self._point_back(mapped)
+            raise
+        self._written.update(mapped)
+        return mapped
 
-    def end_write(
-        self,
-        begun: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
-        rank: int,
-        keep: bool,
-    ) -> None:
+    def _point_back(self, mapped: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """What they pointed to meanwhile."""
+        given = {}
+        for index, memory in mapped.items():
+            parameter = self._engine.description.parameters[index].parameter
+            given[index] = parameter.data
+            parameter.data = memory
+        return given
+
+    def end_write(self, begun: dict[int, torch.Tensor], rank: int, keep: bool) -> None:
         engine = self._engine
-        written = {}
-        for index, (mapped, master, kept) in begun.items():
-            managed = engine.description.parameters[index]
-            private = managed.parameter.data
-            # What was not edited keeps its full precision.
-            written[index] = torch.where(private == kept, master, private.to(torch.float32))
-            managed.parameter.data = mapped
+        given = self._point_back(begun)
         self._written.difference_update(begun)
         engine.client.barrier()  # nobody reads the old values any more
         passed_over = engine.passes_over("what is written within GatheredParameters")
+        problem = None
         if keep and engine.global_rank == rank and not passed_over:
-            for index, values in written.items():
-                engine.weights.put(engine.description.parameters[index], values)
+            problem = self._put(given)
+        given.clear()
         engine.client.barrier()
         engine.versions.accept()
         engine.versions.bump(all_parameters=True)
+        if problem is not None:
+            raise ValueError(problem)
+
+    def _put(self, given: dict[int, torch.Tensor]) -> str | None:
+        """What is wrong with it, where nothing is written."""
+        parameters = self._engine.description.parameters
+        for index, values in given.items():
+            managed = parameters[index]
+            if tuple(values.shape) != tuple(managed.shape):
+                return (
+                    f"{managed.name!r} of shape {tuple(managed.shape)} was given a tensor of shape "
+                    f"{tuple(values.shape)} inside GatheredParameters; nothing is written"
+                )
+        for index, values in given.items():
+            self._engine.weights.put_edited(parameters[index], values)
+        return None
 
 
 def check_modifier(rank: int, world: int) -> None:

@@ -15,7 +15,9 @@ from torch.utils.data import Dataset
 from zerod import (
     _zerod,
     auto_values,
+    buffers,
     config as configuration,
+    constructors,
     leaf,
     monitors,
     optimizer as optimizers,
@@ -40,6 +42,7 @@ _engines_made = 0
 _engines: "weakref.WeakSet[Engine]" = weakref.WeakSet()
 
 
+@constructors.untouched()
 def initialize(
     args: Any = None,
     model: nn.Module | None = None,
@@ -85,6 +88,7 @@ def initialize(
     loader = _loader(training_data, collate_fn, resolved, launch, seed)
     leaf.apply_config(model, resolved["zero_optimization"])
     nursery.prepare()
+    buffers.apply_config(model, resolved)
     description = describe(model, dtype, built)
     client = _attach(resolved, description, built, launch, address, dtype)
     try:

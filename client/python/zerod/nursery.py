@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zerod import _zerod, at_exit, config as configuration, peers
+from zerod import _zerod, at_exit, config as configuration, constructors, peers
 from zerod.gathered import check_modifier
 from zerod.launch import Launch
 from zerod.model import ManagedParameter
@@ -75,7 +75,7 @@ class Arena:
         """Must not be read nor written: reads fault."""
         size = self.dtype.itemsize
         if shape.numel() == 0:
-            return torch.empty(shape, dtype=self.dtype)
+            return constructors.empty(shape, dtype=self.dtype)
         memory = self._memory[begin * size : (begin + shape.numel()) * size]
         return torch.frombuffer(memory, dtype=self.dtype).view(shape)
 
@@ -503,7 +503,7 @@ class Nursery:
 def _scratch() -> torch.Tensor:
     """PIECE_ELEMENTS of this thread's."""
     if not hasattr(_thread, "scratch"):
-        _thread.scratch = torch.empty(PIECE_ELEMENTS)
+        _thread.scratch = constructors.empty(PIECE_ELEMENTS, dtype=torch.float32)
     scratch: torch.Tensor = _thread.scratch
     return scratch
 
@@ -513,7 +513,7 @@ def _empty(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     as the model after a while."""
     size = shape.numel() * dtype.itemsize
     if size < _MAPPED_BYTES_MIN:
-        return torch.empty(shape, dtype=dtype)
+        return constructors.empty(shape, dtype=dtype)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 

@@ -6,6 +6,7 @@ import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,11 +124,14 @@ class Saving:
         keep_vars: bool = False,
         exclude_frozen_parameters: bool = False,
     ) -> dict[str, Any]:
-        """The model's own state_dict, complete, from any rank alone."""
-        state: dict[str, Any] = self.module.state_dict(
-            destination=destination, prefix=prefix, keep_vars=keep_vars
-        )
-        if exclude_frozen_parameters:
+        """The model's own state_dict, complete, from any rank alone. What is excluded is not read:
+        memory is that of the rest."""
+        leaving_out = self._state_dict_hooks.excluding_frozen
+        with leaving_out() if exclude_frozen_parameters else nullcontext():
+            state: dict[str, Any] = self.module.state_dict(
+                destination=destination, prefix=prefix, keep_vars=keep_vars
+            )
+        if exclude_frozen_parameters:  # those that a destroyed engine's module has, too
             for name, parameter in self.module.named_parameters(remove_duplicate=False):
                 if not parameter.requires_grad:
                     state.pop(prefix + name, None)

@@ -2,14 +2,16 @@
 """Weights into and out of the daemon: initial values, state_dict, load_state_dict."""
 
 import logging
+import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from zerod import _zerod
+from zerod import _zerod, constructors
 from zerod.model import ManagedParameter, ModelDescription
 from zerod.nursery import nursery
 from zerod.parameter_status import owners
@@ -25,24 +27,59 @@ class Weights:
         self.client = client
         self.parameters = description.parameters
         self._views = client.parameters
+        # Kept: pieces that came and went between a model's copies would leave holes in the heap.
+        self._scratch: torch.Tensor | None = None
 
     def put(self, managed: ManagedParameter, values: torch.Tensor, kind: str = "master") -> None:
         """A barrier orders it for other ranks. Of the weights: nobody may hold the unit."""
-        flat = values.detach().to(torch.float32).contiguous().view(-1)
-        view = self._views[managed.index]
+        flat = values.detach().reshape(-1)
         for begin in range(0, flat.numel(), PIECE_ELEMENTS_MAX):
-            piece = flat[begin : begin + PIECE_ELEMENTS_MAX]
-            self.client.put(view.unit, view.offset + begin, piece.data_ptr(), piece.numel(), kind)
+            self._put_piece(managed, begin, flat[begin : begin + PIECE_ELEMENTS_MAX], kind)
 
-    def read(self, managed: ManagedParameter, kind: str = "master") -> torch.Tensor:
-        """float32, in memory of its own. Needs no other rank."""
-        values = torch.empty(managed.shape, dtype=torch.float32)
-        flat = values.view(-1)
+    def _put_piece(
+        self, managed: ManagedParameter, begin: int, values: torch.Tensor, kind: str = "master"
+    ) -> None:
+        piece = values.to(torch.float32).contiguous()
         view = self._views[managed.index]
-        for begin in range(0, flat.numel(), PIECE_ELEMENTS_MAX):
-            piece = flat[begin : begin + PIECE_ELEMENTS_MAX]
-            self.client.read(view.unit, view.offset + begin, piece.data_ptr(), piece.numel(), kind)
+        self.client.put(view.unit, view.offset + begin, piece.data_ptr(), piece.numel(), kind)
+
+    def put_edited(self, managed: ManagedParameter, values: torch.Tensor) -> None:
+        """`values` is what read() gave in the parameter's own dtype, edited. What was not edited
+        keeps its full precision. A barrier orders it; nobody may have written in between."""
+        flat = values.detach().reshape(-1)
+        for begin, master in self._pieces(managed, "master"):
+            piece = flat[begin : begin + master.numel()]
+            edited = piece != master.to(managed.dtype)
+            if edited.any():
+                self._put_piece(managed, begin, torch.where(edited, piece.float(), master))
+
+    def read(
+        self, managed: ManagedParameter, kind: str = "master", dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """In memory of its own, beside which it needs a piece. Needs no other rank."""
+        values = constructors.empty(managed.shape, dtype=dtype)
+        flat = values.view(-1)
+        direct = flat if dtype == torch.float32 else None
+        for begin, piece in self._pieces(managed, kind, direct):
+            if direct is None:
+                flat[begin : begin + piece.numel()].copy_(piece)
         return values
+
+    def _pieces(
+        self, managed: ManagedParameter, kind: str, into: torch.Tensor | None = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first element, up to PIECE_ELEMENTS_MAX values in fp32), which are good until anything
+        is read, or stay in `into`."""
+        elements = math.prod(managed.shape)
+        view = self._views[managed.index]
+        if self._scratch is None:
+            self._scratch = constructors.empty(PIECE_ELEMENTS_MAX, dtype=torch.float32)
+        scratch = self._scratch
+        for begin in range(0, elements, PIECE_ELEMENTS_MAX):
+            count = min(elements - begin, PIECE_ELEMENTS_MAX)
+            piece = scratch[:count] if into is None else into[begin : begin + count]
+            self.client.read(view.unit, view.offset + begin, piece.data_ptr(), count, kind)
+            yield begin, piece
 
     def adopt(self, write_initial: bool) -> None:
         """Every parameter becomes the daemon's memory, for good. `write_initial`: this process's
@@ -86,7 +123,7 @@ class Weights:
                 demand.append(managed)
         for done, managed in enumerate(demand):
             try:
-                managed.parameter.data = self.read(managed).to(managed.dtype)
+                managed.parameter.data = self.read(managed, dtype=managed.dtype)
             except _zerod.ZerodError as error:
                 log.warning(
                     "the module cannot be used again: the weights of %r and %d other parameters "
@@ -105,6 +142,7 @@ class StateDictHooks:
         self.handles: list[Any] = []
         self._cache: tuple[Any, dict[int, Any]] = (lambda: None, {})
         self.master = False
+        self._excludes_frozen = False
         for managed in weights.parameters:
             for module, attribute in managed.registered:
                 if id(module) not in self._of_module:
@@ -120,12 +158,25 @@ class StateDictHooks:
             handle.remove()
         self.handles = []
 
+    @contextmanager
+    def excluding_frozen(self) -> Iterator[None]:
+        """Inside, a state_dict has no parameters that require no gradient; they are not read."""
+        self._excludes_frozen = True
+        try:
+            yield
+        finally:
+            self._excludes_frozen = False
+
     def _after_state_dict(
         self, module: nn.Module, destination: Any, prefix: str, _: Any
     ) -> None:
         for attribute, managed in self._of_module[id(module)]:
             name = prefix + attribute
-            if name in destination:
+            if name not in destination:
+                continue
+            if self._excludes_frozen and not managed.parameter.requires_grad:
+                del destination[name]
+            else:
                 destination[name] = self._value(destination, managed)
 
     def _value(self, destination: Any, managed: ManagedParameter) -> torch.Tensor:
@@ -135,9 +186,8 @@ class StateDictHooks:
         known = self._cache[1].get(managed.index)
         value = known() if known else None
         if value is None:
-            value = self._weights.read(managed)
-            if not self.master:
-                value = value.to(managed.dtype)
+            dtype = torch.float32 if self.master else managed.dtype
+            value = self._weights.read(managed, dtype=dtype)
             if len(managed.registered) > 1:
                 self._cache[1][managed.index] = weakref.ref(value)
         return value

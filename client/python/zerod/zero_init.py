@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from zerod import config as configuration
+from zerod import buffers, config as configuration
+from zerod.constructors import Constructors
 from zerod.gathered import GatheredParameters
 from zerod.launch import Launch
 from zerod.nursery import PENDING_BYTES_MAX, nursery
@@ -34,7 +35,8 @@ class Init:
     """`with Init(config_dict_or_path=config): model = Model()`
 
     Each module's own parameters go to the daemon when its __init__ has ended, some 64 MB at a
-    time: no rank ever holds the whole model. Rank 0's values are everybody's. After that a
+    time: no rank ever holds the whole model. Rank 0's values are everybody's. What torch.zeros and
+    its like make inside is of the parameters' type from the start (constructors.py). After that a
     parameter has its shape and dtype, and may be read and written inside GatheredParameters only;
     the parent's __init__ uses that too, or Module.apply, which does it by itself.
 
@@ -75,6 +77,7 @@ class Init:
     ) -> None:
         self.enabled = enabled
         self._patches: _Patches | None = None
+        self._constructors: Constructors | None = None
         if not enabled:
             return
         if config is not None and config_dict_or_path is not None:
@@ -88,15 +91,12 @@ class Init:
             raise ValueError(f"dtype is {dtype}; float32, bfloat16 and float16 are served")
         if pending_bytes_max < 0:
             raise ValueError(f"pending_bytes_max is {pending_bytes_max}; it is a number of bytes")
-        unserved = {
-            "zero_param_parallel_group": zero_param_parallel_group,
-            "zero_quantized_weights": zero_quantized_weights,
-            "zero_quantized_nontrainable_weights": zero_quantized_nontrainable_weights,
-            "param_swapper": param_swapper,
-        }
-        for name, value in unserved.items():
-            if value:
-                raise NotImplementedError(f"zero.Init does not serve {name}: leave it out")
+        _refuse(
+            zero_param_parallel_group=zero_param_parallel_group,
+            zero_quantized_weights=zero_quantized_weights,
+            zero_quantized_nontrainable_weights=zero_quantized_nontrainable_weights,
+            param_swapper=param_swapper,
+        )
         launch = Launch.from_environment()
         for group in (data_parallel_group, sequence_data_parallel_group):
             _check_group(group, launch.world)
@@ -107,6 +107,7 @@ class Init:
             )
         settings = _read(config_dict_or_path or config, launch.world)
         self.dtype = dtype or settings["dtype"]
+        self._keep_in_fp32 = settings["keep_in_fp32"]
         self._job = settings["job"]
         self._attach_timeout_seconds = settings["attach_timeout_seconds"]
         self._address = address
@@ -119,6 +120,7 @@ class Init:
                 for part in module.modules():
                     self.collect(part)
                 nursery.flush()
+                self.keep_in_fp32(module)
             except BaseException:
                 nursery.abandon_pending()
                 raise
@@ -131,6 +133,8 @@ class Init:
             self._begin()
             _outermost = self
             self._patches = _Patches()
+            if self.dtype is not None:
+                self._constructors = Constructors(self.dtype)
         _depth += 1
 
     def __exit__(
@@ -150,6 +154,9 @@ class Init:
         assert ended._patches is not None
         ended._patches.undo()
         ended._patches = None
+        if ended._constructors is not None:
+            ended._constructors.undo()
+            ended._constructors = None
         later, ended._later = ended._later, []
         if kind is not None:
             nursery.abandon_pending()
@@ -169,6 +176,11 @@ class Init:
         if any(p is not None and p.is_meta for p in module._parameters.values()):
             self._later.append(weakref.ref(module))
         _collect(module, self.dtype)
+
+    def keep_in_fp32(self, module: nn.Module) -> None:
+        """Of its buffers those that are to be fp32 in a job of 16 bits."""
+        if self.dtype is not None:
+            buffers.keep_in_fp32(module, self._keep_in_fp32, self.dtype)
 
 
 def _collect(module: nn.Module, dtype: torch.dtype | None) -> None:
@@ -323,6 +335,7 @@ class _Patches:
                 building.discard(id(module))
             if "_parameters" in module.__dict__:
                 context.collect(module)
+                context.keep_in_fp32(module)
 
         cls.__init__ = initialize  # type: ignore[misc]
         self._initializers.append((cls, original, initialize))
@@ -372,6 +385,12 @@ def _in_arena(parameter: nn.Parameter) -> bool:
     return born is not None and born.arena is not None and not born.gathered
 
 
+def _refuse(**unserved: Any) -> None:
+    for name, value in unserved.items():
+        if value:
+            raise NotImplementedError(f"zero.Init does not serve {name}: leave it out")
+
+
 def _check_group(group: Any, world: int) -> None:
     if group is None:
         return
@@ -386,10 +405,12 @@ def _check_group(group: Any, world: int) -> None:
 
 
 def _read(source: configuration.Source | None, world: int) -> dict[str, Any]:
-    """dtype (or None), job, attach_timeout_seconds. ValueError for what is wrong with them."""
+    """dtype (or None), keep_in_fp32, job, attach_timeout_seconds. ValueError for what is wrong
+    with them."""
     if source is None:
         return {
-            "dtype": None, "job": "", "attach_timeout_seconds": _ATTACH_TIMEOUT_SECONDS,
+            "dtype": None, "keep_in_fp32": "auto", "job": "",
+            "attach_timeout_seconds": _ATTACH_TIMEOUT_SECONDS,
         }
     text = configuration.read_source(source)
     try:
@@ -404,6 +425,7 @@ def _read(source: configuration.Source | None, world: int) -> dict[str, Any]:
     dtype = configuration.dtype(resolved)
     return {
         "dtype": None if dtype == torch.float32 else dtype,
+        "keep_in_fp32": resolved["data_types"]["keep_in_fp32_modules"],
         "job": resolved["zerod"]["job"],
         "attach_timeout_seconds": resolved["zerod"]["attach_timeout_seconds"],
     }

@@ -50,14 +50,46 @@ model = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_positions=64, n_embd=64, n_
 if options["lora"]:
     from peft import LoraConfig, get_peft_model
 
+    torch.manual_seed(7)
     model = get_peft_model(model, LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
+before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 trainer = Trainer(model=model, args=arguments, train_dataset=Tokens())
 checkpoint = f"{options['output']}/checkpoint-4" if options["resume"] else None
 trainer.train(resume_from_checkpoint=checkpoint)
 trainer.save_model(f"{options['output']}/final")
+
+
+def adapters():
+    """What is trained, as the ranks compute with it; and what of the rest has changed."""
+    import deepspeed
+
+    trained, changed = {}, []
+    for name, parameter in trainer.accelerator.unwrap_model(trainer.model_wrapped) \
+            .named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if parameter.requires_grad:
+                trained[name] = parameter.detach().clone()
+            elif not torch.equal(parameter.detach(), before[name]):
+                changed.append(name)
+    return trained, changed
+
+
+more = {}
+if options["lora"]:
+    engine = trainer.model_wrapped
+    trained, more["changed"] = adapters()
+    more["moved"] = [name for name, value in trained.items()
+                     if not torch.equal(value, before[name])]
+    engine.save_16bit_model(options["output"], "trained.bin", exclude_frozen_parameters=True)
+    whole = trainer.accelerator.get_state_dict(engine)
+    if arguments.process_index == 0:
+        torch.save(trained, f"{options['output']}/expected.bin")
+        torch.save({name: whole[name] for name in trained}, f"{options['output']}/whole.bin")
+        more["whole"] = sorted(whole) == sorted(engine.module.state_dict())
 if arguments.process_index == 0:
     print("RESULT", json.dumps({
         "losses": {h["step"]: h["loss"] for h in trainer.state.log_history if "loss" in h},
         "rates": {h["step"]: h["learning_rate"] for h in trainer.state.log_history
                   if "learning_rate" in h},
+        **more,
     }))
