@@ -6,9 +6,18 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import cluster
+import pytest
+
+
+@pytest.fixture
+def folder():
+    """With a short path, since sockets are made there."""
+    with tempfile.TemporaryDirectory(prefix="zerod-test-") as path:
+        yield Path(path)
 
 
 def start(*flags, output):
@@ -31,22 +40,22 @@ def left_of(output):
     return pids, list(output.glob("zerod-demo-*"))
 
 
-def test_demo_shows_figures_and_leaves_nothing(tmp_path):
-    text = tmp_path / "text"
+def test_demo_shows_figures_and_leaves_nothing(folder):
+    text = folder / "text"
     text.write_bytes(b"".join(p.read_bytes() for p in sorted(cluster.HERE.glob("*.py"))))
-    demo = start("--steps", "3", "--text", str(text), output=tmp_path)
+    demo = start("--steps", "3", "--text", str(text), output=folder)
     out, err = demo.communicate(timeout=300)
     assert demo.returncode == 0, err
     figures = json.loads(out.splitlines()[-1])
     assert len(figures["losses"]) == 3 and len(figures["daemons"]) == 2
     assert all(d["scattered_bytes_total"] > 0 and d["sent_bytes_total"] > 0
                for d in figures["daemons"])
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert left_of(tmp_path) == ([], [])
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert left_of(folder) == ([], [])
 
 
-def test_interrupted_demo_leaves_nothing(tmp_path):
-    demo = start("--steps", "100000", output=tmp_path)
+def test_interrupted_demo_leaves_nothing(folder):
+    demo = start("--steps", "100000", output=folder)
     try:
         # A line on standard error says that it has started, the next that it trains.
         for line in demo.stderr:
@@ -59,4 +68,4 @@ def test_interrupted_demo_leaves_nothing(tmp_path):
         if demo.poll() is None:
             demo.kill()
             demo.wait()
-    assert left_of(tmp_path) == ([], [])
+    assert left_of(folder) == ([], [])
