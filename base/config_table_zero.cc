@@ -71,7 +71,8 @@ void AppendStage3Keys(std::vector<ConfigKey>* keys) {
                "every stage; 0: none",
        .slot = SLOT(module_granularity_threshold), .min = 0, .max = kCountMax},
       {.path = "zero_optimization.stage3_gather_16bit_weights_on_model_save",
-       .served = Served::kNoMeaning, .note = "engine.state_dict() is complete at every stage",
+       .note = "whether Accelerate and the Trainer save whole weights at stage 3, which they ask; "
+               "engine.state_dict() and save_16bit_model() are complete always",
        .slot = SLOT(gather_16bit_weights_on_model_save)},
       {.path = "zero_optimization.stage3_use_all_reduce_for_fetch_params",
        .served = Served::kNoMeaning,
@@ -189,7 +190,7 @@ void AppendUnservedKeys(std::vector<ConfigKey>* keys) {
 void AppendOffloadParamKeys(std::vector<ConfigKey>* keys) {
   const std::vector<ConfigKey> offload = {
       {.path = "zero_optimization.offload_param.device",
-       .note = "cpu: the node's memory, where the state of a CPU node is; needs stage 3. nvme: "
+       .note = "cpu: the node's memory, where the state of a CPU node is at every stage. nvme: "
                "state on NVMe comes later",
        .slot = SLOT(offload_param.device), .choices = {"none", "cpu"}, .later = {"nvme"}},
       {.path = "zero_optimization.offload_param.nvme_path", .served = Served::kNotYet,
@@ -214,7 +215,7 @@ void AppendOffloadParamKeys(std::vector<ConfigKey>* keys) {
 void AppendOffloadOptimizerKeys(std::vector<ConfigKey>* keys) {
   const std::vector<ConfigKey> offload = {
       {.path = "zero_optimization.offload_optimizer.device",
-       .note = "cpu: the node's memory, where the state of a CPU node is; needs stage 1, 2 or 3. "
+       .note = "cpu: the node's memory, where the state of a CPU node is at every stage. "
                "nvme: state on NVMe comes later",
        .slot = SLOT(offload_optimizer.device), .choices = {"none", "cpu"}, .later = {"nvme"}},
       {.path = "zero_optimization.offload_optimizer.nvme_path", .served = Served::kNotYet,

@@ -296,8 +296,6 @@ const struct {
     {R"("scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1, "total_num_steps": 9}})",
      R"(is not a parameter of WarmupLR; it is one of "WarmupDecayLR" or "WarmupCosineLR")"},
     // DeepSpeed's traps.
-    {R"("zero_optimization": {"stage": 2, "offload_param": {"device": "nvme"}})",
-     R"(offload_param.device: "nvme" needs zero_optimization.stage 3, and it is 2)"},
     {R"("zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}})",
      "offload_optimizer.ratio: 0.5 needs zero_optimization.stage 3, and it is 2"},
     {R"("zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}})",

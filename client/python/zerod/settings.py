@@ -101,9 +101,10 @@ class Settings:
         return None if section is None or section["device"] == "none" else section
 
     def zero_gather_16bit_weights_on_model_save(self) -> bool:
-        """True whatever the configuration says: whole weights can be had at every stage, at no
-        price that a script should have to ask for. Accelerate and the Trainer save them then."""
-        return True
+        """What Accelerate and the Trainer ask before they save whole weights of stage 3. Whoever
+        asks the engine gets them whatever this says."""
+        value: bool = self.config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+        return value
 
     def zero_overlap_comm(self) -> bool:
         return self.config["zero_optimization"]["overlap_comm"] is not False
