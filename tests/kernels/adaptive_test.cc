@@ -71,8 +71,8 @@ template <class Scalars>
 Step Of(void (*function)(const Scalars&, const float* const*, size_t, float*, float*, float*, Copy,
                          size_t),
         const Scalars& s) {
-  return [function, s](const float* const* grads, size_t count, float* p, float* a, float* b,
-                       float*, Copy copy, size_t n) { function(s, grads, count, p, a, b, copy, n); };
+  return [=](const float* const* grads, size_t count, float* p, float* a, float* b, float*,
+             Copy copy, size_t n) { function(s, grads, count, p, a, b, copy, n); };
 }
 
 TEST_P(AdaptiveTest, RmsPropMatchesReference) {
