@@ -181,9 +181,10 @@ struct Config {
     bool fp32_optimizer_states = true;
     std::optional<bool> foreach;
     std::optional<bool> fused;
+    bool decoupled_weight_decay = false;    // NAdam, RAdam
     double lr_decay = 0;                    // Adagrad
     double initial_accumulator_value = 0;   // Adagrad
-    double momentum = 0;                    // SGD; Muon: 0.95
+    double momentum = 0;                    // SGD, RMSprop; Muon: 0.95
     double dampening = 0;                   // SGD
     bool nesterov = false;                  // SGD
     bool eps_inside_sqrt = false;           // Lamb
@@ -192,6 +193,16 @@ struct Config {
     std::optional<double> muon_lr;          // Muon
     std::optional<double> adam_lr;          // Muon
     std::string ns_method = "gram";         // Muon: "gram" or "standard"
+    double alpha = 0.99;                    // RMSprop; ASGD: 0.75
+    bool centered = false;                  // RMSprop
+    double rho = 0.9;                       // Adadelta
+    double momentum_decay = 4e-3;           // NAdam
+    double lambd = 1e-4;                    // ASGD
+    double t0 = 1e6;                        // ASGD
+    double eta_minus = 0.5;                 // Rprop's etas
+    double eta_plus = 1.2;
+    double step_min = 1e-6;                 // Rprop's step_sizes
+    double step_max = 50;
     friend bool operator==(const Optimizer&, const Optimizer&) = default;
   } optimizer;
 

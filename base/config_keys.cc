@@ -172,7 +172,9 @@ class Reader {
       *out.first = beta1;
       *out.second = beta2;
     } else {
-      Refuse("two numbers of at least 0 and less than 1, for example [0.9, 0.999]");
+      Refuse(key_.max_excluded
+                 ? "two numbers of at least 0 and less than 1, for example [0.9, 0.999]"
+                 : "two numbers of at least 0");
     }
   }
 

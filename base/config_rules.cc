@@ -165,6 +165,33 @@ bool HasType(const char* block, absl::string_view advice, ParseState* state) {
   return false;
 }
 
+void SetByType(ParseState* state, const char* path, double* value, double of_type) {
+  if (!state->Given(path) && !state->problems.Concerns(path)) *value = of_type;
+}
+
+// torch.optim's own defaults, of the classes that DeepSpeed takes from there by name, and what the
+// constructor of such a class would refuse.
+void ResolveTorchOptimizer(ParseState* state) {
+  Config::Optimizer& optimizer = state->parsed.config.optimizer;
+  constexpr std::pair<absl::string_view, double> kRates[] = {
+      {"Adagrad", 1e-2}, {"RMSprop", 1e-2}, {"Adadelta", 1.0}, {"Adamax", 2e-3},
+      {"NAdam", 2e-3},   {"ASGD", 1e-2},    {"Rprop", 1e-2},
+  };
+  for (const auto& [type, lr] : kRates) {
+    if (optimizer.type == type) SetByType(state, "optimizer.params.lr", &optimizer.lr, lr);
+  }
+  if (optimizer.type == "Adadelta") {
+    SetByType(state, "optimizer.params.eps", &optimizer.eps, 1e-6);
+  }
+  if (optimizer.type == "ASGD") {
+    SetByType(state, "optimizer.params.alpha", &optimizer.alpha, 0.75);
+  }
+  if (!(0 < optimizer.eta_minus && optimizer.eta_minus < 1 && 1 < optimizer.eta_plus)) {
+    state->problems.Add("optimizer.params.etas",
+                        "must be one above 0 and below 1, and one above 1");
+  }
+}
+
 void ResolveOptimizer(ParseState* state) {
   if (!HasType("optimizer",
                "it may be \"AdamW\"; or leave out \"optimizer\" and pass one", state)) {
@@ -172,15 +199,15 @@ void ResolveOptimizer(ParseState* state) {
   }
   Config::Optimizer& optimizer = state->parsed.config.optimizer;
   const auto by_type = [state](const char* path, double* value, double of_type) {
-    if (!state->Given(path) && !state->problems.Concerns(path)) *value = of_type;
+    SetByType(state, path, value, of_type);
   };
   if (optimizer.type == "AdamW" && optimizer.torch_adam) {
     by_type("optimizer.params.weight_decay", &optimizer.weight_decay, 0.01);
   }
   if (optimizer.type == "Adagrad") {
-    by_type("optimizer.params.lr", &optimizer.lr, 1e-2);
     by_type("optimizer.params.eps", &optimizer.eps, 1e-10);
   }
+  ResolveTorchOptimizer(state);
   if (optimizer.type == "SGD" && optimizer.nesterov &&
       (optimizer.momentum == 0 || optimizer.dampening != 0)) {
     state->problems.Add("optimizer.params.nesterov",

@@ -18,6 +18,13 @@ const Words& Adams() {
   return types;
 }
 
+// Served as torch.optim has them.
+const Words& OthersOfTorch() {
+  static const Words& types = *new Words{  // tidy: allow (never destroyed)
+      "RMSprop", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop"};
+  return types;
+}
+
 Words With(Words types, const Words& more) {
   types.insert(types.end(), more.begin(), more.end());
   return types;
@@ -31,9 +38,9 @@ void AppendAdamKeys(std::vector<ConfigKey>* keys) {
        .note = "or leave out \"optimizer\" and pass one of torch.optim. Adam is AdamW unless "
                "adam_w_mode is false",
        .slot = SLOT(optimizer.type),
-       .choices = {"AdamW", "Adam", "Lion", "Adagrad", "SGD", "Lamb", "Muon"},
-       .later = {"MuAdam", "MuAdamW", "MuSGD",
-                 "RMSprop", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop"},
+       .choices = With({"AdamW", "Adam", "Lion", "Adagrad", "SGD", "Lamb", "Muon"},
+                       OthersOfTorch()),
+       .later = {"MuAdam", "MuAdamW", "MuSGD"},
        .any_case = true},
       {.path = "optimizer.legacy_fusion", .served = Served::kNoMeaning,
        .note = "it chooses among DeepSpeed's fp16 wrappers", .slot = SLOT(optimizer.legacy_fusion)},
@@ -41,14 +48,17 @@ void AppendAdamKeys(std::vector<ConfigKey>* keys) {
       {.path = "optimizer.params.betas",
        .slot = [](C& c) -> Slot { return Betas(&c.optimizer.beta1, &c.optimizer.beta2); },
        .min = 0, .max = 1, .max_excluded = true,
-       .types = With(Adams(), {"Lion", "Lamb", "Muon"})},
+       .types = With(Adams(), {"Lion", "Lamb", "Muon", "Adamax", "NAdam", "RAdam"})},
       {.path = "optimizer.params.eps",
-       .note = "outside of the square root, but for Lamb with eps_inside_sqrt",
+       .note = "outside of the square root, but for Adadelta, and Lamb with eps_inside_sqrt",
        .slot = SLOT(optimizer.eps), .min = 0, .max = kRealMax,
-       .types = With(Adams(), {"Lamb", "Adagrad", "Muon"})},
+       .types = With(Adams(), {"Lamb", "Adagrad", "Muon", "RMSprop", "Adadelta", "Adamax", "NAdam",
+                               "RAdam"})},
       {.path = "optimizer.params.weight_decay",
        .note = "0.01 for AdamW with torch_adam, which is torch's default",
-       .slot = SLOT(optimizer.weight_decay), .min = 0, .max = kRealMax},
+       .slot = SLOT(optimizer.weight_decay), .min = 0, .max = kRealMax,
+       .types = With(Adams(), {"Lion", "Adagrad", "SGD", "Lamb", "Muon", "RMSprop", "Adadelta",
+                               "Adamax", "NAdam", "RAdam", "ASGD"})},
       {.path = "optimizer.params.adam_w_mode",
        .note = "of Adam: decoupled weight decay, else L2 regularization. AdamW's is always "
                "decoupled",
@@ -60,7 +70,8 @@ void AppendAdamKeys(std::vector<ConfigKey>* keys) {
        .slot = SLOT(optimizer.torch_adam), .types = Adams()},
       {.path = "optimizer.params.foreach", .served = Served::kNoMeaning,
        .note = "it chooses among implementations of the same arithmetic",
-       .slot = SLOT(optimizer.foreach), .types = With(Adams(), {"Adagrad", "SGD"})},
+       .slot = SLOT(optimizer.foreach),
+       .types = With(With(Adams(), {"Adagrad", "SGD"}), OthersOfTorch())},
       {.path = "optimizer.params.fused", .served = Served::kNoMeaning,
        .note = "it chooses among implementations of the same arithmetic",
        .slot = SLOT(optimizer.fused), .types = With(Adams(), {"Adagrad", "SGD"})},
@@ -68,7 +79,8 @@ void AppendAdamKeys(std::vector<ConfigKey>* keys) {
        .note = "gradients are handed over, so .grad is None always",
        .slot = SLOT(optimizer.set_grad_none), .types = With(Adams(), {"Lion"})},
       {.path = "optimizer.params.capturable", .served = Served::kNoMeaning,
-       .note = "it is for CUDA graphs", .slot = SLOT(optimizer.capturable), .types = Adams()},
+       .note = "it is for CUDA graphs", .slot = SLOT(optimizer.capturable),
+       .types = With(Adams(), OthersOfTorch())},
       {.path = "optimizer.params.fp32_optimizer_states", .served = Served::kNotYet,
        .note = "moments are fp32", .slot = SLOT(optimizer.fp32_optimizer_states),
        .types = With(Adams(), {"Lion", "Adagrad"})},
@@ -76,10 +88,11 @@ void AppendAdamKeys(std::vector<ConfigKey>* keys) {
        .note = "DeepSpeed refuses it too", .slot = SLOT(optimizer.amsgrad), .types = Adams()},
       {.path = "optimizer.params.maximize", .served = Served::kNever,
        .note = "change the sign of the loss", .slot = SLOT(optimizer.maximize),
-       .types = With(Adams(), {"Adagrad", "SGD"})},
+       .types = With(With(Adams(), {"Adagrad", "SGD"}), OthersOfTorch())},
       {.path = "optimizer.params.differentiable", .served = Served::kNever,
        .note = "the step is the daemon's, where autograd does not see it",
-       .slot = SLOT(optimizer.differentiable), .types = With(Adams(), {"Adagrad", "SGD"})},
+       .slot = SLOT(optimizer.differentiable),
+       .types = With(With(Adams(), {"Adagrad", "SGD"}), OthersOfTorch())},
       {.path = "optimizer.params.max_grad_norm", .served = Served::kNever,
        .note = "gradient_clipping is what clips"},
   };
@@ -94,7 +107,7 @@ void AppendOtherOptimizerKeys(std::vector<ConfigKey>* keys) {
          .slot = SLOT(optimizer.initial_accumulator_value), .min = 0, .max = kRealMax,
          .types = {"Adagrad"}});
   serve({.path = "optimizer.params.momentum", .slot = SLOT(optimizer.momentum), .min = 0, .max = 1,
-         .types = {"SGD", "Muon"}});
+         .types = {"SGD", "Muon", "RMSprop"}});
   serve({.path = "optimizer.params.dampening", .slot = SLOT(optimizer.dampening), .min = 0,
          .max = 1, .types = {"SGD"}});
   serve({.path = "optimizer.params.nesterov", .slot = SLOT(optimizer.nesterov),
@@ -120,6 +133,35 @@ void AppendOtherOptimizerKeys(std::vector<ConfigKey>* keys) {
          .note = "in fp32, of whole matrices at every stage: a matrix is kept by one node",
          .slot = SLOT(optimizer.ns_method),
          .choices = {"gram", "standard"}, .types = {"Muon"}});
+}
+
+void AppendTorchOptimizerKeys(std::vector<ConfigKey>* keys) {
+  const std::vector<ConfigKey> own = {
+      {.path = "optimizer.params.alpha",
+       .note = "of RMSprop the share of the squares' average that stays, of ASGD the power of the "
+               "rate's decay, 0.75 by default",
+       .slot = SLOT(optimizer.alpha), .min = 0, .max = kRealMax, .types = {"RMSprop", "ASGD"}},
+      {.path = "optimizer.params.centered", .slot = SLOT(optimizer.centered),
+       .types = {"RMSprop"}},
+      {.path = "optimizer.params.rho", .slot = SLOT(optimizer.rho), .min = 0, .max = 1,
+       .types = {"Adadelta"}},
+      {.path = "optimizer.params.momentum_decay", .slot = SLOT(optimizer.momentum_decay), .min = 0,
+       .max = kRealMax, .types = {"NAdam"}},
+      {.path = "optimizer.params.decoupled_weight_decay",
+       .slot = SLOT(optimizer.decoupled_weight_decay), .types = {"NAdam", "RAdam"}},
+      {.path = "optimizer.params.lambd", .note = "of the decay of weights and rate",
+       .slot = SLOT(optimizer.lambd), .min = 0, .max = kRealMax, .types = {"ASGD"}},
+      {.path = "optimizer.params.t0", .note = "weights are averaged from this step on",
+       .slot = SLOT(optimizer.t0), .min = 0, .max = kRealMax, .types = {"ASGD"}},
+      {.path = "optimizer.params.etas",
+       .note = "of a step that turns back, and of one that does not",
+       .slot = [](C& c) -> Slot { return Betas(&c.optimizer.eta_minus, &c.optimizer.eta_plus); },
+       .min = 0, .max = kRealMax, .types = {"Rprop"}},
+      {.path = "optimizer.params.step_sizes", .note = "the smallest and the largest",
+       .slot = [](C& c) -> Slot { return Betas(&c.optimizer.step_min, &c.optimizer.step_max); },
+       .min = 0, .max = kRealMax, .types = {"Rprop"}},
+  };
+  keys->insert(keys->end(), own.begin(), own.end());
 }
 
 void AppendWarmupKeys(std::vector<ConfigKey>* keys) {
@@ -224,6 +266,7 @@ const Words& DeepSpeedSchedulers() {
 void AppendOptimizerKeys(std::vector<ConfigKey>* keys) {
   AppendAdamKeys(keys);
   AppendOtherOptimizerKeys(keys);
+  AppendTorchOptimizerKeys(keys);
   AppendWarmupKeys(keys);
   AppendCycleKeys(keys);
 }

@@ -70,11 +70,12 @@ std::string AllowedText(const ConfigKey& key) {
     return absl::StrCat("from ", NumberText(key.min), key.max_excluded ? " to below " : "",
                         key.max_excluded ? NumberText(key.max) : "", "; or a list, by group");
   }
+  const char* const pair = value.is_array() ? "two, " : "";
   if (key.max >= kRealMax) {
-    return key.min <= -kRealMax ? "number" : absl::StrCat("from ", NumberText(key.min));
+    return key.min <= -kRealMax ? "number" : absl::StrCat(pair, "from ", NumberText(key.min));
   }
   if (key.max >= kCountMax) return absl::StrCat("from ", NumberText(key.min));
-  return absl::StrCat(value.is_array() ? "two, " : "", NumberText(key.min), " to ",
+  return absl::StrCat(pair, NumberText(key.min), " to ",
                       key.max_excluded ? "below " : "", NumberText(key.max));
 }
 

@@ -111,9 +111,20 @@ absl::Status ClientImpl::PostStep(const StepRequest& request) {
               (group.bias_correction ? uint64_t{shm::kBiasCorrection} : 0) |
               (group.nesterov ? uint64_t{shm::kNesterov} : 0) |
               (group.eps_inside_sqrt ? uint64_t{shm::kEpsInsideSqrt} : 0) |
-              (group.standard_newton_schulz ? uint64_t{shm::kStandardNewtonSchulz} : 0);
+              (group.standard_newton_schulz ? uint64_t{shm::kStandardNewtonSchulz} : 0) |
+              (group.centered ? uint64_t{shm::kCentered} : 0);
     r.min_coeff = group.min_coeff;
     r.max_coeff = group.max_coeff;
+    r.alpha = group.alpha;
+    r.rho = group.rho;
+    r.momentum_decay = group.momentum_decay;
+    r.eta_minus = group.eta_minus;
+    r.eta_plus = group.eta_plus;
+    r.step_min = group.step_min;
+    r.step_max = group.step_max;
+    r.lambd = group.lambd;
+    r.t0 = group.t0;
+    r.lr_before = group.lr_before;
   }
   memcpy(&submit()->step, &record, sizeof(record));
   shm::SubmitEntry entry{};

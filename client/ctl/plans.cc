@@ -14,14 +14,29 @@
 namespace zerod::ctl {
 namespace {
 
-// Where the script passes its optimizer: an Adam, which takes the most memory.
+// Where the script passes its optimizer: an Adam, of which only a centered RMSprop with momentum
+// takes more memory.
 v1::OptimizerKind OptimizerOf(const Config::Optimizer& optimizer) {
   if (optimizer.type == "Lion") return v1::OPTIMIZER_KIND_LION;
   if (optimizer.type == "Adagrad") return v1::OPTIMIZER_KIND_ADAGRAD;
   if (optimizer.type == "Lamb") return v1::OPTIMIZER_KIND_LAMB;
+  if (optimizer.type == "ASGD") return v1::OPTIMIZER_KIND_ASGD;
   if (optimizer.type == "SGD") {
     return optimizer.momentum != 0 ? v1::OPTIMIZER_KIND_SGD_MOMENTUM : v1::OPTIMIZER_KIND_SGD;
   }
+  if (optimizer.type == "RMSprop") {
+    if (optimizer.momentum == 0) {
+      return optimizer.centered ? v1::OPTIMIZER_KIND_RMS_PROP_CENTERED
+                                : v1::OPTIMIZER_KIND_RMS_PROP;
+    }
+    return optimizer.centered ? v1::OPTIMIZER_KIND_RMS_PROP_CENTERED_MOMENTUM
+                              : v1::OPTIMIZER_KIND_RMS_PROP_MOMENTUM;
+  }
+  if (optimizer.type == "Adadelta") return v1::OPTIMIZER_KIND_ADADELTA;
+  if (optimizer.type == "Adamax") return v1::OPTIMIZER_KIND_ADAMAX;
+  if (optimizer.type == "NAdam") return v1::OPTIMIZER_KIND_NADAM;
+  if (optimizer.type == "RAdam") return v1::OPTIMIZER_KIND_RADAM;
+  if (optimizer.type == "Rprop") return v1::OPTIMIZER_KIND_RPROP;
   return v1::OPTIMIZER_KIND_ADAM;
 }
 

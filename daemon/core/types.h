@@ -35,7 +35,8 @@ enum class StateKind : uint16_t {
   kMaster = 0,
   kExpAvg = 1,
   kExpAvgSq = 2,
-  kGradient = 3,  // READ alone: the sum of what was reduced in the step under way
+  kThird = 3,     // of a centered RMSprop with momentum: it has three
+  kGradient = 4,  // READ alone: the sum of what was reduced in the step under way
 };
 enum class ScalarOp : uint16_t { kSum = 0, kMean = 1, kMin = 2, kMax = 3 };
 
@@ -62,7 +63,7 @@ inline constexpr uint64_t kCountMax = uint64_t{1} << 53;
 absl::Status CheckProgress(const OptimizerProgress& progress, size_t parameters, bool fp16);
 
 // What is computed for a parameter group, fixed for the life of a job: it says how much state there
-// is. Formulas: kernels/cpu/optimizers.h.
+// is. Formulas: kernels/cpu/optimizers.h, adaptive.h and asgd_rprop.h.
 enum class OptimizerKind : uint8_t {
   kAdam = 1,         // AdamW too: Group::decoupled
   kLion = 2,
@@ -71,37 +72,88 @@ enum class OptimizerKind : uint8_t {
   kSgdMomentum = 5,
   kLamb = 6,         // by tensor: kernels/cpu/lamb.h
   kMuon = 7,         // by matrix: kernels/cpu/muon.h
+  kRmsProp = 8,      // without momentum, not centered
+  kRmsPropMomentum = 9,
+  kRmsPropCentered = 10,
+  kRmsPropCenteredMomentum = 11,
+  kAdadelta = 12,
+  kAdamax = 13,
+  kNAdam = 14,
+  kRAdam = 15,
+  kAsgd = 16,
+  kRprop = 17,
 };
+inline constexpr OptimizerKind kOptimizerKindLast = OptimizerKind::kRprop;
 // True where a step of one element depends on norms of its whole tensor: such a step is taken in
 // two passes, with TENSOR_NORMS between them.
 constexpr bool ByTensor(OptimizerKind kind) { return kind == OptimizerKind::kLamb; }
 // True where it depends on all elements of its matrix, and not by sums: then no shard cuts one.
 constexpr bool ByMatrix(OptimizerKind kind) { return kind == OptimizerKind::kMuon; }
+// What an RMSprop was begun with.
+constexpr bool HasMomentum(OptimizerKind kind) {
+  return kind == OptimizerKind::kRmsPropMomentum || kind == OptimizerKind::kRmsPropCenteredMomentum;
+}
+constexpr bool IsCentered(OptimizerKind kind) {
+  return kind == OptimizerKind::kRmsPropCentered || kind == OptimizerKind::kRmsPropCenteredMomentum;
+}
 // fp32 tensors of state beside the master copy, StateKind::kExpAvg first.
+inline constexpr uint32_t kStateTensorsMax = 3;
 constexpr uint32_t StateTensors(OptimizerKind kind) {
-  return kind == OptimizerKind::kAdam || kind == OptimizerKind::kLamb ? 2
-         : kind == OptimizerKind::kSgd                                ? 0
-                                                                      : 1;
+  switch (kind) {
+    case OptimizerKind::kSgd:
+      return 0;
+    case OptimizerKind::kLion:
+    case OptimizerKind::kAdagrad:
+    case OptimizerKind::kSgdMomentum:
+    case OptimizerKind::kMuon:
+    case OptimizerKind::kRmsProp:
+    case OptimizerKind::kAsgd:
+      return 1;
+    case OptimizerKind::kAdam:
+    case OptimizerKind::kLamb:
+    case OptimizerKind::kRmsPropMomentum:
+    case OptimizerKind::kRmsPropCentered:
+    case OptimizerKind::kAdadelta:
+    case OptimizerKind::kAdamax:
+    case OptimizerKind::kNAdam:
+    case OptimizerKind::kRAdam:
+    case OptimizerKind::kRprop:
+      return 2;
+    case OptimizerKind::kRmsPropCenteredMomentum:
+      return 3;
+  }
+  return 0;
 }
 
 // A parameter group's hyper-parameters in one step. Each kind reads its own.
 struct Group {
   double lr = 0;
-  double beta1 = 0;         // Adam, Lion, LAMB
-  double beta2 = 0;         // Adam, Lion, LAMB
-  double eps = 0;           // Adam, Adagrad, LAMB
-  double weight_decay = 0;
-  double momentum = 0;      // kSgdMomentum, Muon
+  double beta1 = 0;         // Adam, Lion, LAMB, Adamax, NAdam, RAdam
+  double beta2 = 0;         // the same
+  double eps = 0;           // the same but Lion, Adagrad, RMSprop, Adadelta
+  double weight_decay = 0;  // all but Rprop
+  double momentum = 0;      // kSgdMomentum, Muon, RMSprop
   double dampening = 0;     // kSgdMomentum
   double lr_decay = 0;      // Adagrad
   double initial_accumulator_value = 0;  // Adagrad
-  bool decoupled = true;        // Adam: AdamW's weight decay
+  bool decoupled = true;        // Adam, NAdam, RAdam: AdamW's weight decay
   bool bias_correction = true;  // Adam, LAMB
   bool nesterov = false;        // kSgdMomentum, Muon
   double min_coeff = 0.01;      // LAMB: bounds of the trust ratio
   double max_coeff = 10;
   bool eps_inside_sqrt = false;  // LAMB
   bool standard_newton_schulz = false;  // Muon: not by the Gram matrix
+  bool centered = false;          // RMSprop: what its kind says
+  double alpha = 0.99;            // RMSprop: of the average of squares; ASGD: of the rate's decay
+  double rho = 0.9;               // Adadelta
+  double momentum_decay = 0.004;  // NAdam
+  double eta_minus = 0.5;         // Rprop
+  double eta_plus = 1.2;
+  double step_min = 1e-6;
+  double step_max = 50;
+  double lambd = 1e-4;            // ASGD
+  double t0 = 1e6;
+  double lr_before = 0;           // lr of the step before
   friend bool operator==(const Group&, const Group&) = default;
 };
 // OK, or INVALID_ARGUMENT naming what `kind` cannot compute with.

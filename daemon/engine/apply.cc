@@ -6,8 +6,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "daemon/engine/narrow.h"
+#include "daemon/engine/update_rule.h"
 #include "kernels/cpu/lamb.h"
-#include "kernels/cpu/optimizers.h"
 
 namespace zerod::engine {
 namespace {
@@ -18,117 +18,40 @@ using core::Range;
 constexpr uint64_t kZeroElements = 16 * 1024;
 const float kZeros[kZeroElements] = {};
 
-// The same in both passes.
-kernels::LambScalars LambScalarsOf(const core::Group& group, uint64_t t, double grad_scale) {
-  kernels::LambOptions options;
-  options.lr = group.lr;
-  options.beta1 = group.beta1;
-  options.beta2 = group.beta2;
-  options.eps = group.eps;
-  options.eps_inside_sqrt = group.eps_inside_sqrt;
-  options.weight_decay = group.weight_decay;
-  options.bias_correction = group.bias_correction;
-  return kernels::MakeLambScalars(options, t, grad_scale);
-}
-
 // One parameter's part of one step; by tensor, of its second pass.
 class ParameterUpdate {
  public:
   ParameterUpdate(const ShardStore* store, core::UnitIndex unit, core::OptimizerKind kind,
                   const core::ApplyPlan& plan, uint32_t parameter, uint32_t group_index,
                   const absl::InlinedVector<Source, 4>* sources)
-      : store_(*store), unit_(unit), kind_(kind),
-        group_(plan.decision.hyper.groups[group_index]),
-        t_(plan.parameter_steps[parameter]), sources_(*sources) {
-    const core::Group& group = group_;
-    const uint64_t t = t_;
-    const double grad_scale = plan.decision.grad_scale;
-    switch (kind) {
-      case core::OptimizerKind::kAdam:
-        adam_ = kernels::MakeAdamWScalars(group.lr, group.beta1, group.beta2, group.eps,
-                                          group.weight_decay, t, grad_scale, group.decoupled,
-                                          group.bias_correction);
-        break;
-      case core::OptimizerKind::kLion:
-        lion_ = kernels::MakeLionScalars(group.lr, group.beta1, group.beta2, group.weight_decay,
-                                         grad_scale);
-        break;
-      case core::OptimizerKind::kAdagrad:
-        adagrad_ = kernels::MakeAdagradScalars(group.lr, group.lr_decay, group.eps,
-                                               group.weight_decay, t, grad_scale);
-        break;
-      case core::OptimizerKind::kSgd:
-      case core::OptimizerKind::kSgdMomentum:
-        sgd_ = kernels::MakeSgdScalars(group.lr, group.momentum, group.dampening,
-                                       group.weight_decay, group.nesterov, t, grad_scale);
-        break;
-      case core::OptimizerKind::kMuon:
-        break;  // ApplyMatrix
-      case core::OptimizerKind::kLamb: {
-        lamb_ = LambScalarsOf(group, t, grad_scale);
-        const core::TensorSquares& squares = plan.squares[parameter];
-        trust_ratio_ = kernels::LambTrustRatio({squares.weight, squares.update}, group.min_coeff,
-                                               group.max_coeff);
-        break;
-      }
-    }
-  }
+      : store_(*store), unit_(unit), state_tensors_(core::StateTensors(kind)), sources_(*sources),
+        rule_(kind, plan.decision.hyper.groups[group_index], plan.parameter_steps[parameter],
+              plan.decision.grad_scale,
+              core::ByTensor(kind) ? plan.squares[parameter] : core::TensorSquares{}) {}
 
   // `p` and `copy` are of the first element of `range`.
   void Run(Range range, float* p, kernels::Copy copy) const {
     const uint64_t step = sources_.empty() ? kZeroElements : range.size();
     for (uint64_t begin = range.begin; begin < range.end; begin += step) {
       const uint64_t done = begin - range.begin;
-      const uint64_t n = std::min(step, range.end - begin);
       absl::InlinedVector<const float*, 8> gradients;
       for (const Source& source : sources_) gradients.push_back(source.At(begin));
       if (gradients.empty()) gradients.push_back(kZeros);
-      RunPiece(gradients, begin, p + done, copy.At(done), n);
+      Elements elements{gradients.data(), gradients.size(), p + done, {}, copy.At(done),
+                        std::min(step, range.end - begin)};
+      for (uint32_t i = 0; i < state_tensors_; ++i) {
+        elements.states[i] = store_.moment(static_cast<int>(i), unit_, begin);
+      }
+      rule_.Run(elements);
     }
   }
 
  private:
-  void RunPiece(const absl::InlinedVector<const float*, 8>& gradients, uint64_t begin, float* p,
-                kernels::Copy copy, uint64_t n) const {
-    const float* const* const in = gradients.data();
-    const size_t count = gradients.size();
-    float* const first = store_.moment(0, unit_, begin);
-    switch (kind_) {
-      case core::OptimizerKind::kAdam:
-        return kernels::AdamW(adam_, in, count, p, first, store_.moment(1, unit_, begin), copy, n);
-      case core::OptimizerKind::kLion:
-        return kernels::Lion(lion_, in, count, p, first, copy, n);
-      case core::OptimizerKind::kAdagrad:
-        if (t_ == 1 && group_.initial_accumulator_value != 0) {
-          std::fill(first, first + n, static_cast<float>(group_.initial_accumulator_value));
-        }
-        return kernels::Adagrad(adagrad_, in, count, p, first, copy, n);
-      case core::OptimizerKind::kSgd:
-        return kernels::Sgd(sgd_, in, count, p, nullptr, copy, n);
-      case core::OptimizerKind::kSgdMomentum:
-        return kernels::Sgd(sgd_, in, count, p, first, copy, n);
-      case core::OptimizerKind::kLamb:
-        return kernels::LambApply(lamb_, trust_ratio_, p, first, store_.moment(1, unit_, begin),
-                                  copy, n);
-      case core::OptimizerKind::kMuon:
-        return;
-    }
-  }
-
   const ShardStore& store_;
   const core::UnitIndex unit_;
-  const core::OptimizerKind kind_;
-  const core::Group& group_;
-  const uint64_t t_;  // the steps that this parameter has taken, this one included
+  const uint32_t state_tensors_;
   const absl::InlinedVector<Source, 4>& sources_;
-  union {
-    kernels::AdamWScalars adam_;
-    kernels::LionScalars lion_;
-    kernels::AdagradScalars adagrad_;
-    kernels::SgdScalars sgd_;
-    kernels::LambScalars lamb_;
-  };
-  float trust_ratio_ = 1;
+  const UpdateRule rule_;
 };
 
 // Where the elements `part` of the unit's i-th parameter lie, if its first one lies at begins[i].

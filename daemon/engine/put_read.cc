@@ -15,6 +15,11 @@ using core::Intersect;
 using core::MemberIndex;
 using core::Range;
 
+// Which of the optimizer's tensors it is. REQUIRES: one of them.
+int StateTensor(core::StateKind kind) {
+  return static_cast<int>(kind) - static_cast<int>(core::StateKind::kExpAvg);
+}
+
 class Put : public Movement {
  public:
   Put(const MoveContext* context, const core::StartPut& action,
@@ -95,8 +100,8 @@ class Put : public Movement {
 
   void Store(Range range, const float* values) const {
     if (kind_ != core::StateKind::kMaster) {
-      const int which = kind_ == core::StateKind::kExpAvg ? 0 : 1;
-      memcpy(c_.store->moment(which, unit_, range.begin), values, range.size() * sizeof(float));
+      memcpy(c_.store->moment(StateTensor(kind_), unit_, range.begin), values,
+             range.size() * sizeof(float));
       return;
     }
     const Range kept = Intersect(range, c_.store->MasterRange(unit_));
@@ -232,8 +237,9 @@ class Read : public Movement {
   // Where this member's own elements lie; null where they must be put together.
   float* Direct(Range range) const {
     if (kind_ == core::StateKind::kGradient) return nullptr;
-    if (kind_ == core::StateKind::kExpAvg) return c_.store->moment(0, unit_, range.begin);
-    if (kind_ == core::StateKind::kExpAvgSq) return c_.store->moment(1, unit_, range.begin);
+    if (kind_ != core::StateKind::kMaster) {
+      return c_.store->moment(StateTensor(kind_), unit_, range.begin);
+    }
     if (!c_.plan->master_in_window) {
       const Range kept = c_.store->MasterRange(unit_);
       const bool whole = kept.begin <= range.begin && range.end <= kept.end;

@@ -64,6 +64,17 @@ absl::StatusOr<core::HyperParameters> ReadHyperParameters(const shm::StepRecord&
     g.max_coeff = r.max_coeff;
     g.eps_inside_sqrt = (r.flags & shm::kEpsInsideSqrt) != 0;
     g.standard_newton_schulz = (r.flags & shm::kStandardNewtonSchulz) != 0;
+    g.centered = (r.flags & shm::kCentered) != 0;
+    g.alpha = r.alpha;
+    g.rho = r.rho;
+    g.momentum_decay = r.momentum_decay;
+    g.eta_minus = r.eta_minus;
+    g.eta_plus = r.eta_plus;
+    g.step_min = r.step_min;
+    g.step_max = r.step_max;
+    g.lambd = r.lambd;
+    g.t0 = r.t0;
+    g.lr_before = r.lr_before;
   }
   return hyper;
 }
@@ -268,7 +279,7 @@ absl::Status JobRunnerImpl::HandleStep(ClientSlot* client, const shm::SubmitEntr
 absl::Status JobRunnerImpl::HandlePutOrRead(ClientSlot* client, const shm::SubmitEntry& entry) {
   RETURN_IF_ERROR(CheckRange(entry));
   const auto last =
-      entry.op == Op::kPut ? shm::StateKind::kExpAvgSq : shm::StateKind::kGradient;
+      entry.op == Op::kPut ? shm::StateKind::kThird : shm::StateKind::kGradient;
   if (entry.flags > static_cast<uint16_t>(last)) {
     return absl::InvalidArgumentError(absl::StrCat("there is no state of kind ", entry.flags));
   }

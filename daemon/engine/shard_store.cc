@@ -50,7 +50,7 @@ absl::StatusOr<std::unique_ptr<ShardStore>> ShardStore::Create(const Options& op
     RETURN_IF_ERROR(store->master_.Allocate(arena, "fp32 weights" + of_job, 4));
   }
   RETURN_IF_ERROR(store->copies_.Allocate(arena, "16-bit copies" + of_job, 2));
-  const char* const names[] = {"exp_avg", "exp_avg_sq"};
+  const char* const names[core::kStateTensorsMax] = {"exp_avg", "exp_avg_sq", "third state"};
   for (uint32_t i = 0; i < layout.state_tensors(); ++i) {
     RETURN_IF_ERROR(store->moments_[i].Allocate(arena, names[i] + of_job, 4));
   }

@@ -65,7 +65,9 @@ class ShardStore {
   uint64_t master_bytes() const { return master_.region.populated_bytes(); }
   uint64_t copies_bytes() const { return copies_.region.populated_bytes(); }
   uint64_t moments_bytes() const {
-    return moments_[0].region.populated_bytes() + moments_[1].region.populated_bytes();
+    uint64_t bytes = 0;
+    for (const Array& moment : moments_) bytes += moment.region.populated_bytes();
+    return bytes;
   }
   uint64_t gradients_bytes() const { return gradients_.region.populated_bytes(); }
   uint64_t accumulator_bytes() const { return accumulator_.region.populated_bytes(); }
@@ -87,7 +89,7 @@ class ShardStore {
   bool full_ = false;
   Array master_;
   Array copies_;
-  Array moments_[2];
+  Array moments_[core::kStateTensorsMax];
   Array gradients_;
   Array accumulator_;
 };

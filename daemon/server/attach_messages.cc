@@ -114,7 +114,7 @@ absl::StatusOr<core::ModelDescription> ParseModel(const v1::Model& model, const 
   }
   for (const int kind : model.groups()) {
     // Unknown values are kept as they came.
-    if (kind < v1::OPTIMIZER_KIND_ADAM || kind > v1::OPTIMIZER_KIND_MUON) {
+    if (kind < v1::OPTIMIZER_KIND_ADAM || kind > static_cast<int>(core::kOptimizerKindLast)) {
       return Invalid(absl::StrCat("model.groups has the unknown optimizer ", kind));
     }
     description.groups.push_back(static_cast<core::OptimizerKind>(kind));

@@ -152,7 +152,7 @@ void Hash(A& a, Ref<A, Hash128> v) {
   a.Number(v.high);
 }
 
-constexpr size_t kGroupBytes = 11 * 8 + 5;
+constexpr size_t kGroupBytes = 21 * 8 + 6;
 
 template <typename A>
 void Hyper(A& a, Ref<A, core::HyperParameters> v) {
@@ -176,6 +176,17 @@ void Hyper(A& a, Ref<A, core::HyperParameters> v) {
     b.Number(g.max_coeff);
     b.Bool(g.eps_inside_sqrt);
     b.Bool(g.standard_newton_schulz);
+    b.Bool(g.centered);
+    b.Number(g.alpha);
+    b.Number(g.rho);
+    b.Number(g.momentum_decay);
+    b.Number(g.eta_minus);
+    b.Number(g.eta_plus);
+    b.Number(g.step_min);
+    b.Number(g.step_max);
+    b.Number(g.lambd);
+    b.Number(g.t0);
+    b.Number(g.lr_before);
   });
 }
 

@@ -18,7 +18,7 @@
 namespace zerod::server {
 
 inline constexpr uint32_t kWireMagic = 0x57445a31;  // "1ZDW"
-inline constexpr uint16_t kWireVersion = 2;
+inline constexpr uint16_t kWireVersion = 3;
 
 std::string EncodeMessage(const core::Message& message);
 

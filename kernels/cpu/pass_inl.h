@@ -103,11 +103,11 @@ HWY_INLINE State* StateAt(State* state, size_t i) {
 }
 
 // g (+ h, where kSources is 2) are the gradients of elements [begin, end), a multiple of two
-// vectors; the others are indexed from 0. `a` and `b`: the rule's states, const where it only reads
-// them.
+// vectors; the others are indexed from 0. `a`, `b` and `c`: the rule's states, const where it only
+// reads them; a rule of three is given the third one too.
 template <size_t kSources, class Rule, class Master, class State>
 HWY_INLINE void Run(const Rule& rule, const float* g, const float* h, const Master& master,
-                    State* a, State* b, size_t begin, size_t end) {
+                    State* a, State* b, State* c, size_t begin, size_t end) {
   const DF d;
   const size_t lanes = hn::Lanes(d);
   const auto sum_at = [&](size_t i) HWY_ATTR {
@@ -116,8 +116,12 @@ HWY_INLINE void Run(const Rule& rule, const float* g, const float* h, const Mast
     return hn::Add(first, hn::LoadU(d, h + (i - begin)));
   };
   const auto update = [&](size_t i) HWY_ATTR {
-    return rule.Update(sum_at(i), master.Load(i), StateAt<(Rule::kStates > 0)>(a, i),
-                       StateAt<(Rule::kStates > 1)>(b, i));
+    if constexpr (Rule::kStates > 2) {
+      return rule.Update(sum_at(i), master.Load(i), a + i, b + i, c + i);
+    } else {
+      return rule.Update(sum_at(i), master.Load(i), StateAt<(Rule::kStates > 0)>(a, i),
+                         StateAt<(Rule::kStates > 1)>(b, i));
+    }
   };
   for (size_t i = begin; i < end; i += 2 * lanes) {
     for (size_t j = i; j < i + 2 * lanes; j += 64 / sizeof(float)) {
@@ -125,6 +129,7 @@ HWY_INLINE void Run(const Rule& rule, const float* g, const float* h, const Mast
       if constexpr (kSources == 2) PrefetchAhead(h + (j - begin));
       if constexpr (Rule::kStates > 0) PrefetchAhead(a + j);
       if constexpr (Rule::kStates > 1) PrefetchAhead(b + j);
+      if constexpr (Rule::kStates > 2) PrefetchAhead(c + j);
       master.Prefetch(j);
     }
     const VF low = update(i);
@@ -135,17 +140,18 @@ HWY_INLINE void Run(const Rule& rule, const float* g, const float* h, const Mast
 
 template <class Rule, class Master, class State>
 void Body(const Rule& rule, const float* const* grads, size_t count, const Master& master,
-          State* a, std::type_identity_t<State>* b, size_t begin, size_t end) {
+          State* a, std::type_identity_t<State>* b, size_t begin, size_t end,
+          std::type_identity_t<State>* c = nullptr) {
   if (count == 1) {
-    Run<1>(rule, grads[0] + begin, nullptr, master, a, b, begin, end);
+    Run<1>(rule, grads[0] + begin, nullptr, master, a, b, c, begin, end);
   } else if (count == 2) {
-    Run<2>(rule, grads[0] + begin, grads[1] + begin, master, a, b, begin, end);
+    Run<2>(rule, grads[0] + begin, grads[1] + begin, master, a, b, c, begin, end);
   } else {
     alignas(64) float buffer[kBlock];
     for (size_t at = begin; at < end; at += kBlock) {
       const size_t size = std::min(kBlock, end - at);
       SumBlock(grads, count, at, buffer, size);
-      Run<1>(rule, buffer, nullptr, master, a, b, at, at + size);
+      Run<1>(rule, buffer, nullptr, master, a, b, c, at, at + size);
     }
   }
 }
@@ -180,11 +186,12 @@ void AtEdges(const Edges& edges, size_t n, const float* const* grads, size_t cou
 // The whole of [0, n): `edge(gradients, begin, size)` is the plain reference.
 template <class Rule, class State, class Edge>
 void Pass(const Rule& rule, const float* const* grads, size_t count, float* p, State* a,
-          std::type_identity_t<State>* b, Copy copy, size_t n, const Edge& edge) {
+          std::type_identity_t<State>* b, Copy copy, size_t n, const Edge& edge,
+          std::type_identity_t<State>* c = nullptr) {
   const Edges edges = FindEdges(copy.data(), n);
   AtEdges(edges, n, grads, count, edge);
   const auto body = [&](const auto& master) {
-    Body(rule, grads, count, master, a, b, edges.begin, edges.end);
+    Body(rule, grads, count, master, a, b, edges.begin, edges.end, c);
   };
   if (copy.data() == nullptr) return body(MasterAlone{p});
   if (copy.fp16 != nullptr) {

@@ -5,6 +5,8 @@
 #include <bit>
 #include <cmath>
 
+#include "kernels/cpu/reference_element.h"
+
 namespace zerod::kernels::reference {
 namespace {
 
@@ -15,11 +17,6 @@ constexpr uint32_t kInfinity = 0x7f800000;
 
 uint32_t Bits(float x) { return std::bit_cast<uint32_t>(x); }
 float FromBits(uint32_t bits) { return std::bit_cast<float>(bits); }
-
-void Store(const Copy& copy, size_t i, float p) {
-  if (copy.bf16 != nullptr) Narrow(p, &copy.bf16[i]);
-  if (copy.fp16 != nullptr) Narrow(p, &copy.fp16[i]);
-}
 
 // kernels.h says why NaNs are treated apart.
 void Split(float x, bfloat16* copy, uint16_t* remainder) {
@@ -38,17 +35,6 @@ float Join(bfloat16 copy, uint16_t remainder) {
   // The remainder is a signed distance from the copy.
   const uint32_t bits = high + remainder - ((remainder & 0x8000u) << 1);
   return FromBits((bits & kMagnitudeMask) >= 0x7fff8000 ? bits - 0x7f0000 : bits);
-}
-
-float Gradient(float sum, float grad_scale, float l2, float p) {
-  const float g = sum * grad_scale;
-  return l2 == 0 ? g : std::fma(l2, p, g);
-}
-
-float Lerp(float start, float end, float weight) {
-  const float distance = end - start;
-  return weight < 0.5f ? std::fma(weight, distance, start)
-                       : std::fma(weight - 1.0f, distance, end);
 }
 
 // The sum of squares by lanes.

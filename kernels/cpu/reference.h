@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The same functions as kernels.h, optimizers.h, lamb.h and muon.h, as plain loops over one element
-// at a time: what the tests compare with, what a CPU without a target of ours runs, and what the
-// vector code calls for the few elements before its first and after its last whole vector. Same
-// contracts, same bits.
+// The same functions as kernels.h, optimizers.h, adaptive.h, asgd_rprop.h, lamb.h and muon.h, as
+// plain loops over one element at a time: what the tests compare with, what a CPU without a target
+// of ours runs, and what the vector code calls for the few elements before its first and after its
+// last whole vector. Same contracts, same bits.
 #pragma once
 
+#include "kernels/cpu/adaptive.h"
+#include "kernels/cpu/asgd_rprop.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/lamb.h"
 #include "kernels/cpu/muon.h"
@@ -57,6 +59,21 @@ void Adagrad(const AdagradScalars& s, const float* const* grads, size_t count, f
              float* sum, Copy copy, size_t n);
 void Sgd(const SgdScalars& s, const float* const* grads, size_t count, float* p, float* b,
          Copy copy, size_t n);
+
+void RmsProp(const RmsPropScalars& s, const float* const* grads, size_t count, float* p, float* v,
+             float* b, float* a, Copy copy, size_t n);
+void Adadelta(const AdadeltaScalars& s, const float* const* grads, size_t count, float* p,
+              float* v, float* u, Copy copy, size_t n);
+void Adamax(const AdamaxScalars& s, const float* const* grads, size_t count, float* p, float* m,
+            float* u, Copy copy, size_t n);
+void NAdam(const NAdamScalars& s, const float* const* grads, size_t count, float* p, float* m,
+           float* v, Copy copy, size_t n);
+void RAdam(const RAdamScalars& s, const float* const* grads, size_t count, float* p, float* m,
+           float* v, Copy copy, size_t n);
+void Rprop(const RpropScalars& s, const float* const* grads, size_t count, float* p, float* prev,
+           float* step, Copy copy, size_t n);
+void Asgd(const AsgdScalars& s, const float* const* grads, size_t count, float* p, float* ax,
+          Copy copy, size_t n);
 
 // One element: updates m and v and returns u.
 float LambMomentsAt(const LambScalars& s, float sum, float p, float* m, float* v);

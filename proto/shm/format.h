@@ -24,7 +24,7 @@
 namespace zerod::shm {
 
 // Bumped whenever a layout below changes; client and daemon must agree exactly.
-inline constexpr uint32_t kFormatVersion = 3;
+inline constexpr uint32_t kFormatVersion = 4;
 inline constexpr uint64_t kMagic = 0x315f444f52455a00;  // "\0ZEROD_1"
 
 // The piece in which window memory is given to units.
@@ -66,7 +66,13 @@ enum class Op : uint16_t {
 };
 
 enum ScatterFlags : uint16_t { kLast = 1 };
-enum class StateKind : uint16_t { kMaster = 0, kExpAvg = 1, kExpAvgSq = 2, kGradient = 3 };
+enum class StateKind : uint16_t {
+  kMaster = 0,
+  kExpAvg = 1,
+  kExpAvgSq = 2,
+  kThird = 3,
+  kGradient = 4,
+};
 enum class ScalarOp : uint16_t { kSum = 0, kMean = 1, kMin = 2, kMax = 3 };
 
 struct SubmitEntry {
@@ -93,11 +99,12 @@ static_assert(sizeof(CompleteEntry) == 32);
 // One parameter group's values for one step, in the words of torch.optim. Each kind of optimizer
 // reads its own (daemon/core/types.h); the others are as they are by default there.
 enum GroupFlags : uint64_t {
-  kDecoupled = 1,       // Adam: weight decay is AdamW's
+  kDecoupled = 1,       // Adam, NAdam, RAdam: weight decay is AdamW's
   kBiasCorrection = 2,  // Adam, LAMB
   kNesterov = 4,        // SGD, Muon
   kEpsInsideSqrt = 8,   // LAMB
   kStandardNewtonSchulz = 16,  // Muon
+  kCentered = 32,       // RMSprop
 };
 struct GroupRecord {
   double lr;
@@ -112,9 +119,19 @@ struct GroupRecord {
   uint64_t flags;  // GroupFlags
   double min_coeff;  // LAMB
   double max_coeff;
-  uint64_t reserved[4];
+  double alpha;           // RMSprop, ASGD
+  double rho;             // Adadelta
+  double momentum_decay;  // NAdam
+  double eta_minus;       // Rprop
+  double eta_plus;
+  double step_min;
+  double step_max;
+  double lambd;           // ASGD
+  double t0;
+  double lr_before;
+  uint64_t reserved[2];
 };
-static_assert(sizeof(GroupRecord) == 128);
+static_assert(sizeof(GroupRecord) == 192);
 
 // What varies from step to step; compared among all clients (docs/step.md).
 struct StepRecord {

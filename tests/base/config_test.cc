@@ -180,7 +180,15 @@ const struct {
     {R"("optimizer": {"type": "musgd"})", R"(optimizer.type: "MuSGD" is not served yet)"},
     {R"("optimizer": {"type": "AdamV"})",
      R"(optimizer.type: "AdamV" is not allowed; it must be "AdamW" or "Adam" or "Lion" )"
-     R"(or "Adagrad" or "SGD" or "Lamb" or "Muon"; did you mean "AdamW"?)"},
+     R"(or "Adagrad" or "SGD" or "Lamb" or "Muon" or "RMSprop" or "Adadelta" or "Adamax" )"
+     R"(or "NAdam" or "RAdam" or "ASGD" or "Rprop"; did you mean "AdamW"?)"},
+    {R"("optimizer": {"type": "SparseAdam"})", R"(optimizer.type: "SparseAdam" is not allowed)"},
+    {R"("optimizer": {"type": "Rprop", "params": {"etas": [1.2, 0.5]}})",
+     "optimizer.params.etas: must be one above 0 and below 1, and one above 1"},
+    {R"("optimizer": {"type": "Rprop", "params": {"weight_decay": 0.1}})",
+     "optimizer.params.weight_decay"},
+    {R"("optimizer": {"type": "RMSprop", "params": {"maximize": true}})",
+     "optimizer.params.maximize"},
     {R"("optimizer": {"type": ""})", R"(optimizer.type: "" is not allowed)"},
     {R"("optimizer": {"type": 3})", "optimizer.type: 3 is not allowed"},
     {R"("optimizer": {"params": {"lr": 1}})", "optimizer.type: is missing"},
@@ -369,7 +377,7 @@ TEST(ConfigTest, AllProblemsAreReportedAtOnce) {
   const std::vector<std::string> problems = Problems(R"({
     "gradient_clipping": "x", "fp16": {"hysteresis": 0}, "bf16": {"enabeld": 1},
     "zero_optimization": {"stage": 4, "stage": 4, "stage3_max_live_parameters": 0},
-    "optimizer": {"type": "NAdam", "params": {"lr": -1, "betas": []}},
+    "optimizer": {"type": "MuAdam", "params": {"lr": -1, "betas": []}},
     "zerod": {"job": "?"}})");
   EXPECT_EQ(problems.size(), 11u) << testing::PrintToString(problems);
 }

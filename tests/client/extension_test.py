@@ -190,8 +190,8 @@ def test_errors_have_their_class_and_code():
         attach("unix:/tmp/nobody.sock", attach_timeout_seconds=0.1)
     with pytest.raises(_zerod.InvalidArgument, match="float8"):
         attach("unix:/tmp/nobody.sock", dtype="float8")
-    with pytest.raises(_zerod.InvalidArgument, match="adamax"):
-        attach("unix:/tmp/nobody.sock", groups=["adamax"])
+    with pytest.raises(_zerod.InvalidArgument, match="adafactor"):
+        attach("unix:/tmp/nobody.sock", groups=["adafactor"])
 
 
 def test_forked_children_read_and_do_nothing_else(daemon):

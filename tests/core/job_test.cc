@@ -93,36 +93,6 @@ TEST_F(JobTest, AnOverflowSkipsTheStepAndLowersTheScaleForAll) {
   EXPECT_EQ(job_->committed(), 2u);
 }
 
-TEST_F(JobTest, AGroupIsCheckedForWhatItsOptimizerReads) {
-  const OptimizerKind kinds[] = {OptimizerKind::kAdam, OptimizerKind::kLion,
-                                 OptimizerKind::kAdagrad, OptimizerKind::kSgd,
-                                 OptimizerKind::kSgdMomentum, OptimizerKind::kLamb,
-                                 OptimizerKind::kMuon};
-  const auto refused = [](OptimizerKind kind, auto change) {
-    Group g;
-    change(&g);
-    return !CheckGroup(kind, g).ok();
-  };
-  const double nan = std::numeric_limits<double>::quiet_NaN();
-  for (const OptimizerKind kind : kinds) {
-    EXPECT_TRUE(CheckGroup(kind, Group{}).ok());
-    EXPECT_TRUE(refused(kind, [&](Group* g) { g->lr = nan; }));
-    EXPECT_TRUE(refused(kind, [&](Group* g) { g->weight_decay = nan; }));
-    const bool lamb = kind == OptimizerKind::kLamb;
-    const bool betas = lamb || kind == OptimizerKind::kAdam || kind == OptimizerKind::kLion;
-    EXPECT_EQ(refused(kind, [](Group* g) { g->beta2 = 1; }), betas);
-    const bool eps = lamb || kind == OptimizerKind::kAdam || kind == OptimizerKind::kAdagrad;
-    EXPECT_EQ(refused(kind, [](Group* g) { g->eps = -1; }), eps);
-    EXPECT_EQ(refused(kind, [](Group* g) { g->min_coeff = g->max_coeff + 1; }), lamb);
-    EXPECT_EQ(refused(kind, [&](Group* g) { g->max_coeff = nan; }), lamb);
-  }
-  EXPECT_TRUE(refused(OptimizerKind::kMuon, [](Group* g) { g->momentum = 1; }));
-  EXPECT_TRUE(refused(OptimizerKind::kAdagrad, [&](Group* g) { g->lr_decay = -1; }));
-  EXPECT_TRUE(refused(OptimizerKind::kSgd, [](Group* g) { g->momentum = 0.9; }));
-  EXPECT_FALSE(refused(OptimizerKind::kSgdMomentum, [](Group* g) { g->momentum = 0.9; }));
-  EXPECT_TRUE(refused(OptimizerKind::kSgdMomentum, [&](Group* g) { g->dampening = nan; }));
-}
-
 TEST_F(JobTest, OnlyStateThatIsKeptCanBeRead) {
   ModelDescription model = Gpt(1);
   model.groups = {OptimizerKind::kLion};

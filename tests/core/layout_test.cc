@@ -32,6 +32,7 @@ TEST(LayoutTest, AgreesWithTheFormat) {
   EXPECT_EQ(kRingBytes, shm::PageUp(sizeof(shm::SubmitPage)) + shm::kTraceMax * 4 +
                             shm::PageUp(sizeof(shm::CompletePage)));
   EXPECT_EQ(int(StateKind::kExpAvgSq), int(shm::StateKind::kExpAvgSq));
+  EXPECT_EQ(int(StateKind::kGradient), int(shm::StateKind::kGradient));
   EXPECT_EQ(int(ScalarOp::kMax), int(shm::ScalarOp::kMax));
   EXPECT_EQ(int(StateKind::kMaster), int(shm::StateKind::kMaster));
   EXPECT_EQ(int(ScalarOp::kMean), int(shm::ScalarOp::kMean));

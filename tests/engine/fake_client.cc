@@ -210,9 +210,20 @@ absl::StatusOr<StepAnswer> FakeClient::Step(const StepOptions& options) {
               (g.bias_correction ? uint64_t{shm::kBiasCorrection} : 0) |
               (g.nesterov ? uint64_t{shm::kNesterov} : 0) |
               (g.eps_inside_sqrt ? uint64_t{shm::kEpsInsideSqrt} : 0) |
-              (g.standard_newton_schulz ? uint64_t{shm::kStandardNewtonSchulz} : 0);
+              (g.standard_newton_schulz ? uint64_t{shm::kStandardNewtonSchulz} : 0) |
+              (g.centered ? uint64_t{shm::kCentered} : 0);
     r.min_coeff = g.min_coeff;
     r.max_coeff = g.max_coeff;
+    r.alpha = g.alpha;
+    r.rho = g.rho;
+    r.momentum_decay = g.momentum_decay;
+    r.eta_minus = g.eta_minus;
+    r.eta_plus = g.eta_plus;
+    r.step_min = g.step_min;
+    r.step_max = g.step_max;
+    r.lambd = g.lambd;
+    r.t0 = g.t0;
+    r.lr_before = g.lr_before;
   }
   submit()->step = record;
   memcpy(map_[3] + plan_.transfer_values_bytes, options.blob.data(), options.blob.size());

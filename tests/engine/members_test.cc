@@ -181,6 +181,23 @@ core::Group SomeMuon(bool standard) {
   return g;
 }
 
+core::Group SomeRmsProp(bool momentum, bool centered) {
+  core::Group g = SomeGroup();
+  g.alpha = 0.9;
+  g.momentum = momentum ? 0.8 : 0;
+  g.centered = centered;
+  return g;
+}
+
+core::Group SomeAsgd() {
+  core::Group g = SomeGroup();
+  g.lambd = 0.1;
+  g.alpha = 0.5;
+  g.t0 = 0;
+  g.lr_before = 0.03;
+  return g;
+}
+
 core::Group PlainAdam() {
   core::Group g = SomeGroup();
   g.decoupled = false;
@@ -205,6 +222,23 @@ INSTANTIATE_TEST_SUITE_P(
                       WideLamb()},
         OptimizerCase{"Muon", core::OptimizerKind::kMuon, core::OptimizerKind::kSgd,
                       SomeMuon(/*standard=*/false)},
+        OptimizerCase{"RmsProp", core::OptimizerKind::kRmsProp, core::OptimizerKind::kSgd,
+                      SomeRmsProp(false, false)},
+        OptimizerCase{"RmsPropMomentum", core::OptimizerKind::kRmsPropMomentum,
+                      core::OptimizerKind::kAdamax, SomeRmsProp(true, false)},
+        OptimizerCase{"RmsPropCentered", core::OptimizerKind::kRmsPropCentered,
+                      core::OptimizerKind::kRmsPropCentered, SomeRmsProp(false, true)},
+        OptimizerCase{"RmsPropAll", core::OptimizerKind::kRmsPropCenteredMomentum,
+                      core::OptimizerKind::kLion, SomeRmsProp(true, true)},
+        OptimizerCase{"Adadelta", core::OptimizerKind::kAdadelta, core::OptimizerKind::kAdadelta,
+                      SomeGroup()},
+        OptimizerCase{"NAdam", core::OptimizerKind::kNAdam, core::OptimizerKind::kNAdam,
+                      PlainAdam()},
+        OptimizerCase{"RAdam", core::OptimizerKind::kRAdam, core::OptimizerKind::kRAdam,
+                      SomeGroup()},
+        OptimizerCase{"Asgd", core::OptimizerKind::kAsgd, core::OptimizerKind::kAsgd, SomeAsgd()},
+        OptimizerCase{"Rprop", core::OptimizerKind::kRprop, core::OptimizerKind::kAdam,
+                      SomeGroup()},
         OptimizerCase{"Nesterov", core::OptimizerKind::kSgdMomentum,
                       core::OptimizerKind::kSgdMomentum, WithMomentum(true)}),
     [](const auto& c) { return c.param.name; });

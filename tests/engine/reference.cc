@@ -210,6 +210,60 @@ void Reference::Update(const core::Parameter& p, const core::HyperParameters& hy
       return UpdateByLamb(p, g, t, scale, gradient);
     case core::OptimizerKind::kMuon:
       return UpdateByMuon(p, g, scale, gradient);
+    default:
+      return UpdateAdaptively(p, g, t, scale, gradient);
+  }
+}
+
+void Reference::UpdateAdaptively(const core::Parameter& p, const core::Group& g, uint64_t t,
+                                 double scale, const float* gradient) {
+  namespace reference = kernels::reference;
+  const core::OptimizerKind kind = layout_->optimizer(p.group);
+  const auto state = [&](int which) { return moments_[which][p.unit].data() + p.offset; };
+  float* const master = master_[p.unit].data() + p.offset;
+  const auto run = [&](auto function, const auto& scalars, auto*... states) {
+    function(scalars, &gradient, 1, master, states..., nullptr, p.elements);
+  };
+  switch (kind) {
+    case core::OptimizerKind::kAdadelta:
+      return run(reference::Adadelta,
+                 kernels::MakeAdadeltaScalars(g.lr, g.rho, g.eps, g.weight_decay, scale), state(0),
+                 state(1));
+    case core::OptimizerKind::kAdamax:
+      return run(reference::Adamax,
+                 kernels::MakeAdamaxScalars(g.lr, g.beta1, g.beta2, g.eps, g.weight_decay, t,
+                                            scale),
+                 state(0), state(1));
+    case core::OptimizerKind::kNAdam:
+      return run(reference::NAdam,
+                 kernels::MakeNAdamScalars({g.lr, g.beta1, g.beta2, g.eps, g.weight_decay,
+                                            g.momentum_decay, g.decoupled},
+                                           t, scale),
+                 state(0), state(1));
+    case core::OptimizerKind::kRAdam:
+      return run(reference::RAdam,
+                 kernels::MakeRAdamScalars(
+                     {g.lr, g.beta1, g.beta2, g.eps, g.weight_decay, g.decoupled}, t, scale),
+                 state(0), state(1));
+    case core::OptimizerKind::kAsgd:
+      return run(reference::Asgd,
+                 kernels::MakeAsgdScalars(
+                     {g.lr, g.lr_before, g.lambd, g.alpha, g.t0, g.weight_decay}, t, scale),
+                 state(0));
+    case core::OptimizerKind::kRprop:
+      if (t == 1) std::fill_n(state(1), p.elements, static_cast<float>(g.lr));
+      return run(reference::Rprop,
+                 kernels::MakeRpropScalars(g.eta_minus, g.eta_plus, g.step_min, g.step_max, scale),
+                 state(0), state(1));
+    default: {
+      float* const b = core::HasMomentum(kind) ? state(1) : nullptr;
+      float* const a =
+          !core::IsCentered(kind) ? nullptr : state(core::HasMomentum(kind) ? 2 : 1);
+      return run(reference::RmsProp,
+                 kernels::MakeRmsPropScalars({g.lr, g.alpha, g.eps, g.weight_decay, g.momentum},
+                                             scale),
+                 state(0), b, a);
+    }
   }
 }
 

@@ -42,6 +42,9 @@ class Reference {
  private:
   void Update(const core::Parameter& p, const core::HyperParameters& hyper, uint64_t t,
               double scale, const float* gradient);
+  // By the kernels of adaptive.h and asgd_rprop.h.
+  void UpdateAdaptively(const core::Parameter& p, const core::Group& group, uint64_t t,
+                        double scale, const float* gradient);
   void UpdateByLamb(const core::Parameter& p, const core::Group& group, uint64_t t, double scale,
                     const float* gradient);
   void UpdateByMuon(const core::Parameter& p, const core::Group& group, double scale,
@@ -59,7 +62,7 @@ class Reference {
   const bool node_sum_;
   uint64_t step_ = 1;
   std::vector<std::vector<float>> master_;
-  std::vector<std::vector<float>> moments_[2];
+  std::vector<std::vector<float>> moments_[core::kStateTensorsMax];
   std::vector<uint64_t> parameter_steps_;
   double grad_norm_ = 0;
 };
@@ -73,9 +76,9 @@ void PutInitial(const core::Layout& layout, FakeClient& client);
 absl::Status Backward(const core::Layout& layout, uint32_t rank, FakeClient& client,
                       const Workload& workload);
 
-// Everything that the job keeps, read by one client: per unit master, exp_avg, exp_avg_sq.
+// Everything that the job keeps, read by one client: per unit master and the states.
 struct JobState {
-  std::vector<std::vector<float>> arrays[3];
+  std::vector<std::vector<float>> arrays[1 + core::kStateTensorsMax];
   friend bool operator==(const JobState&, const JobState&) = default;
 };
 // Puts all of `state` into a job that has trained nothing. Between two barriers.

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "kernels/cpu/adaptive.h"
+#include "kernels/cpu/asgd_rprop.h"
 #include "kernels/cpu/lamb.h"
 #include "kernels/cpu/muon.h"
 #include "kernels/cpu/optimizers.h"
@@ -81,6 +83,70 @@ void zerod_kernels_sgd(double lr, double momentum, double dampening, double weig
   zerod::kernels::Sgd(zerod::kernels::MakeSgdScalars(lr, momentum, dampening, weight_decay,
                                                      nesterov, t, grad_scale),
                       grads, count, p, b, CopyOf(copy, fp16), n);
+}
+
+// Not centered: `a` is null.
+void zerod_kernels_rmsprop(double lr, double alpha, double eps, double weight_decay,
+                           double momentum, double grad_scale, const float* const* grads,
+                           size_t count, float* p, float* v, float* b, float* a, void* copy,
+                           bool fp16, size_t n) {
+  zerod::kernels::RmsProp(
+      zerod::kernels::MakeRmsPropScalars({lr, alpha, eps, weight_decay, momentum}, grad_scale),
+      grads, count, p, v, b, a, CopyOf(copy, fp16), n);
+}
+
+void zerod_kernels_adadelta(double lr, double rho, double eps, double weight_decay,
+                            double grad_scale, const float* const* grads, size_t count, float* p,
+                            float* v, float* u, void* copy, bool fp16, size_t n) {
+  zerod::kernels::Adadelta(
+      zerod::kernels::MakeAdadeltaScalars(lr, rho, eps, weight_decay, grad_scale), grads, count, p,
+      v, u, CopyOf(copy, fp16), n);
+}
+
+void zerod_kernels_adamax(const AdamWOptions* o, uint64_t t, const float* const* grads,
+                          size_t count, float* p, float* m, float* u, void* copy, bool fp16,
+                          size_t n) {
+  zerod::kernels::Adamax(
+      zerod::kernels::MakeAdamaxScalars(o->lr, o->beta1, o->beta2, o->eps, o->weight_decay, t,
+                                        o->grad_scale),
+      grads, count, p, m, u, CopyOf(copy, fp16), n);
+}
+
+void zerod_kernels_nadam(const AdamWOptions* o, double momentum_decay, bool decoupled, uint64_t t,
+                         const float* const* grads, size_t count, float* p, float* m, float* v,
+                         void* copy, bool fp16, size_t n) {
+  zerod::kernels::NAdam(
+      zerod::kernels::MakeNAdamScalars(
+          {o->lr, o->beta1, o->beta2, o->eps, o->weight_decay, momentum_decay, decoupled}, t,
+          o->grad_scale),
+      grads, count, p, m, v, CopyOf(copy, fp16), n);
+}
+
+void zerod_kernels_radam(const AdamWOptions* o, bool decoupled, uint64_t t,
+                         const float* const* grads, size_t count, float* p, float* m, float* v,
+                         void* copy, bool fp16, size_t n) {
+  zerod::kernels::RAdam(
+      zerod::kernels::MakeRAdamScalars(
+          {o->lr, o->beta1, o->beta2, o->eps, o->weight_decay, decoupled}, t, o->grad_scale),
+      grads, count, p, m, v, CopyOf(copy, fp16), n);
+}
+
+void zerod_kernels_asgd(double lr, double lr_before, double lambd, double alpha, double t0,
+                        double weight_decay, uint64_t t, double grad_scale,
+                        const float* const* grads, size_t count, float* p, float* ax, void* copy,
+                        bool fp16, size_t n) {
+  zerod::kernels::Asgd(
+      zerod::kernels::MakeAsgdScalars({lr, lr_before, lambd, alpha, t0, weight_decay}, t,
+                                      grad_scale),
+      grads, count, p, ax, CopyOf(copy, fp16), n);
+}
+
+void zerod_kernels_rprop(double eta_minus, double eta_plus, double step_min, double step_max,
+                         double grad_scale, const float* const* grads, size_t count, float* p,
+                         float* prev, float* step, void* copy, bool fp16, size_t n) {
+  zerod::kernels::Rprop(
+      zerod::kernels::MakeRpropScalars(eta_minus, eta_plus, step_min, step_max, grad_scale), grads,
+      count, p, prev, step, CopyOf(copy, fp16), n);
 }
 
 // One tensor; its squares are summed by blocks of `block` elements.

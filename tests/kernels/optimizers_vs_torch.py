@@ -126,7 +126,8 @@ def run(library, make, ours, states, count, lr, exact=(), beginning=0.0, gain=No
     theirs = torch.nn.Parameter(torch.randn(shape, generator=generator))
     optimizer = make([theirs])
     p = theirs.detach().clone()
-    arrays = {name: torch.full(shape, beginning) for name in states}
+    beginnings = beginning if isinstance(beginning, dict) else dict.fromkeys(states, beginning)
+    arrays = {name: torch.full(shape, beginnings.get(name, 0.0)) for name in states}
     fp16 = count % 2 == 0
     copy = torch.zeros(shape, dtype=torch.float16 if fp16 else torch.bfloat16)
     scale = 1.0 / (4 * count)
@@ -211,6 +212,111 @@ def sgd(lr, momentum, dampening, weight_decay, nesterov):
         gain=4 / (1 - momentum))
 
 
+def rmsprop(lr, alpha=0.99, weight_decay=0.0, momentum=0.0, centered=False, eps=1e-8):
+    names = [name for name, kept in (("momentum_buffer", momentum > 0), ("grad_avg", centered))
+             if kept]
+
+    def ours(library, step, scale, grads, count, p, v, *rest):
+        rest = list(rest)
+        b = rest.pop(0) if momentum > 0 else None
+        a = rest.pop(0) if centered else None
+        library.zerod_kernels_rmsprop(c_double(lr), c_double(alpha), c_double(eps),
+                                      c_double(weight_decay), c_double(momentum), c_double(scale),
+                                      grads, count, p, v, b, a, *rest)
+
+    states = ("square_avg", *names)
+    # Centered, digits are lost where v - a^2 cancels.
+    largest = lr / (1 - alpha) ** 0.5 / (1 - momentum) * (4 if centered else 1)
+    return dict(
+        make=lambda params: torch.optim.RMSprop(
+            params, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum,
+            centered=centered, foreach=False),
+        ours=ours, states=states, lr=largest,
+        exact=() if weight_decay else tuple({*states} - {"momentum_buffer"}))
+
+
+def adadelta(lr, rho=0.9, weight_decay=0.0, eps=1e-6):
+    def ours(library, step, scale, grads, count, p, v, u, *copy):
+        library.zerod_kernels_adadelta(c_double(lr), c_double(rho), c_double(eps),
+                                       c_double(weight_decay), c_double(scale), grads, count, p,
+                                       v, u, *copy)
+
+    return dict(
+        make=lambda params: torch.optim.Adadelta(
+            params, lr=lr, rho=rho, eps=eps, weight_decay=weight_decay, foreach=False),
+        ours=ours, states=("square_avg", "acc_delta"), lr=lr * eps ** 0.5,
+        exact=() if weight_decay else ("square_avg",))
+
+
+def adamax(lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+    def ours(library, step, scale, grads, count, p, m, u, *copy):
+        options = Options(lr, *betas, eps, weight_decay, scale)
+        library.zerod_kernels_adamax(byref(options), c_uint64(step), grads, count, p, m, u, *copy)
+
+    states = ("exp_avg", "exp_inf")
+    return dict(
+        make=lambda params: torch.optim.Adamax(
+            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=False),
+        ours=ours, states=states, lr=lr, exact=() if weight_decay else states)
+
+
+def nadam(lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, momentum_decay=4e-3,
+          decoupled=False):
+    def ours(library, step, scale, grads, count, p, m, v, *copy):
+        options = Options(lr, *betas, eps, weight_decay, scale)
+        library.zerod_kernels_nadam(byref(options), c_double(momentum_decay), c_bool(decoupled),
+                                    c_uint64(step), grads, count, p, m, v, *copy)
+
+    states = ("exp_avg", "exp_avg_sq")
+    return dict(
+        make=lambda params: torch.optim.NAdam(
+            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+            momentum_decay=momentum_decay, decoupled_weight_decay=decoupled, foreach=False),
+        ours=ours, states=states, lr=lr, exact=() if weight_decay and not decoupled else states)
+
+
+def radam(lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=False):
+    def ours(library, step, scale, grads, count, p, m, v, *copy):
+        options = Options(lr, *betas, eps, weight_decay, scale)
+        library.zerod_kernels_radam(byref(options), c_bool(decoupled), c_uint64(step), grads,
+                                    count, p, m, v, *copy)
+
+    states = ("exp_avg", "exp_avg_sq")
+    # Its first steps are those of a mean of gradients, which are not divided by their size.
+    return dict(
+        make=lambda params: torch.optim.RAdam(
+            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled, foreach=False),
+        ours=ours, states=states, lr=lr, gain=10,
+        exact=() if weight_decay and not decoupled else states)
+
+
+def asgd(lr, lambd=1e-4, alpha=0.75, t0=1e6, weight_decay=0.0):
+    def ours(library, step, scale, grads, count, p, ax, *copy):
+        library.zerod_kernels_asgd(c_double(lr), c_double(lr), c_double(lambd), c_double(alpha),
+                                   c_double(t0), c_double(weight_decay), c_uint64(step),
+                                   c_double(scale), grads, count, p, ax, *copy)
+
+    return dict(
+        make=lambda params: torch.optim.ASGD(
+            params, lr=lr, lambd=lambd, alpha=alpha, t0=t0, weight_decay=weight_decay,
+            foreach=False),
+        ours=ours, states=("ax",), lr=lr, gain=4)
+
+
+def rprop(lr, etas=(0.5, 1.2), step_sizes=(1e-6, 50)):
+    def ours(library, step, scale, grads, count, p, prev, size, *copy):
+        library.zerod_kernels_rprop(c_double(etas[0]), c_double(etas[1]), c_double(step_sizes[0]),
+                                    c_double(step_sizes[1]), c_double(scale), grads, count, p,
+                                    prev, size, *copy)
+
+    states = ("prev", "step_size")
+    return dict(
+        make=lambda params: torch.optim.Rprop(
+            params, lr=lr, etas=etas, step_sizes=step_sizes, foreach=False),
+        ours=ours, states=states, lr=lr, beginning={"step_size": lr}, exact=states)
+
+
 def lamb(lr, weight_decay, eps=1e-6, inside=False, correction=True, coefficients=(0.01, 10.0)):
     betas = (0.9, 0.999)
 
@@ -252,6 +358,28 @@ CASES = {
     "SGD, momentum": (sgd(1e-2, 0.9, 0.0, 0.1, False), 1),
     "SGD, dampening": (sgd(1e-2, 0.9, 0.5, 0.0, False), 1),
     "SGD, Nesterov": (sgd(1e-2, 0.9, 0.0, 0.1, True), 4),
+    "RMSprop": (rmsprop(1e-3), 1),
+    "RMSprop, weight decay": (rmsprop(1e-2, alpha=0.9, weight_decay=0.1, eps=1e-6), 2),
+    "RMSprop, momentum": (rmsprop(1e-3, momentum=0.9), 1),
+    "RMSprop, centered": (rmsprop(1e-3, centered=True), 3),
+    "RMSprop, all": (rmsprop(1e-3, 0.95, 0.1, momentum=0.8, centered=True), 2),
+    "Adadelta": (adadelta(1.0), 1),
+    "Adadelta, weight decay": (adadelta(0.3, rho=0.8, weight_decay=0.1, eps=1e-5), 2),
+    "Adamax": (adamax(2e-3), 1),
+    "Adamax, weight decay": (adamax(2e-3, (0.4, 0.9), 1e-6, 0.1), 2),
+    "NAdam": (nadam(2e-3), 1),
+    "NAdam, weight decay": (nadam(2e-3, (0.8, 0.95), 1e-6, 0.1), 2),
+    "NAdam, decoupled": (nadam(2e-3, (0.5, 0.9), weight_decay=0.1, momentum_decay=0.5,
+                               decoupled=True), 3),
+    "NAdam, no decay of the momentum": (nadam(2e-3, (0.99, 0.999), momentum_decay=0.0), 1),
+    "RAdam": (radam(1e-3), 1),
+    "RAdam, soon rectified": (radam(1e-3, (0.8, 0.9), 1e-6, 0.1), 2),
+    "RAdam, never rectified": (radam(1e-3, (0.9, 0.4)), 1),
+    "RAdam, decoupled": (radam(1e-3, weight_decay=0.1, decoupled=True), 3),
+    "ASGD": (asgd(1e-2), 1),
+    "ASGD, all": (asgd(1e-2, lambd=0.1, alpha=0.5, t0=3.0, weight_decay=0.1), 2),
+    "Rprop": (rprop(1e-2), 1),
+    "Rprop, within bounds": (rprop(1e-2, etas=(0.3, 1.7), step_sizes=(5e-3, 0.02)), 2),
     "LAMB": (lamb(1e-3, 0.0), 1),
     "LAMB, weight decay": (lamb(1e-2, 0.1), 2),
     "LAMB, eps inside": (lamb(1e-2, 0.01, eps=1e-3, inside=True), 3),

@@ -57,9 +57,13 @@ def loaded(tmp_path, nodes=1, world=2, stage=2, dtype="fp32", steps_first=0, mor
 @pytest.mark.parametrize("stage, dtype, optimizer", [
     (0, "fp32", "AdamW"), (2, "bf16", "AdamW"), (3, "fp16", "AdamW"),
     (3, "fp32", "Lamb"), (2, "fp32", "Muon"),  # Muon's matrices and what it leaves to Adam
+    # Three states, and what torch keeps beside them.
+    (3, "fp32", "RMSprop"), (1, "fp32", "NAdam"), (3, "bf16", "ASGD"), (0, "fp32", "Rprop"),
 ])
 def test_goes_on_bit_for_bit(stage, dtype, optimizer, tmp_path):
-    section = {"type": optimizer, "params": {"lr": 1e-2, "weight_decay": 0.1}}
+    more = {"RMSprop": {"momentum": 0.9, "centered": True}, "ASGD": {"lambd": 0.1, "t0": 2}}
+    decay = {} if optimizer == "Rprop" else {"weight_decay": 0.1}
+    section = {"type": optimizer, "params": {"lr": 1e-2, **decay, **more.get(optimizer, {})}}
     first = saved(tmp_path, stage, dtype, optimizer=section)
     second = loaded(tmp_path, stage=stage, dtype=dtype, steps_first=2, more={"optimizer": section})
     for before, after in zip(first, second):

@@ -51,11 +51,20 @@ def same(a, b):
     )
 
 
-@pytest.mark.parametrize("nodes,per_node,plan", [(1, 1, "per_rank"), (2, 1, "per_rank"),
-                                                 (1, 2, "node_sum")])
-def test_killed_trainers_go_on_bit_for_bit(nodes, per_node, plan, tmp_path):
+# Its rate is made of the step before's, which is the trainer's to remember.
+ASGD = {
+    "optimizer": {"type": "ASGD", "params": {"lr": 1e-2, "lambd": 0.1, "t0": 5}},
+    "scheduler": {"type": "ExponentialLR", "params": {"gamma": 0.95}},
+}
+
+
+@pytest.mark.parametrize("nodes,per_node,plan,change", [
+    (1, 1, "per_rank", {}), (2, 1, "per_rank", {}), (1, 2, "node_sum", {}),
+    (1, 1, "per_rank", ASGD),
+])
+def test_killed_trainers_go_on_bit_for_bit(nodes, per_node, plan, change, tmp_path):
     world = nodes * per_node
-    config = BASE | {"zerod": {"gradient_plan": plan}}
+    config = BASE | {"zerod": {"gradient_plan": plan}} | change
     chance = random.Random(nodes * 10 + per_node)
     with cluster.daemons(nodes) as running:
         expected = cluster.run(

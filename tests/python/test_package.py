@@ -361,7 +361,12 @@ def test_refused_models(fake):
     refused(nn.ReLU(), "no parameters")
     model = nn.Linear(2, 2)
     for optimizer in (
-        torch.optim.RMSprop(model.parameters(), lr=1),
+        torch.optim.Adafactor(model.parameters()),
+        torch.optim.SparseAdam(model.parameters()),
+        torch.optim.LBFGS(model.parameters()),
+        torch.optim.Muon([nn.Parameter(torch.zeros(2, 2))]),
+        type("Mine", (torch.optim.RMSprop,), {})(model.parameters()),
+        torch.optim.RMSprop(model.parameters(), maximize=True),
         torch.optim.AdamW(model.parameters(), amsgrad=True),
         torch.optim.AdamW(nn.Linear(2, 2).parameters()),
     ):

@@ -48,6 +48,21 @@ CONFIGURED = {
                 lambda p: torch.optim.Adagrad(p, lr=0.05, weight_decay=0.1, lr_decay=0.1,
                                               initial_accumulator_value=0.3)),
     "sgd": ({"type": "SGD", "params": {"lr": 0.1}}, lambda p: torch.optim.SGD(p, lr=0.1)),
+    "rmsprop": ({"type": "RMSprop", "params": {"lr": 0.01, "alpha": 0.9, "momentum": 0.8,
+                                               "centered": True, "weight_decay": 0.1}},
+                lambda p: torch.optim.RMSprop(p, lr=0.01, alpha=0.9, momentum=0.8, centered=True,
+                                              weight_decay=0.1)),
+    "rmsprop-alone": ({"type": "RMSprop"}, torch.optim.RMSprop),
+    "adadelta": ({"type": "Adadelta"}, torch.optim.Adadelta),
+    "adamax": ({"type": "adamax", "params": ADAM}, lambda p: torch.optim.Adamax(p, **ADAM)),
+    "nadam": ({"type": "NAdam", "params": {**ADAM, "momentum_decay": 0.1}},
+              lambda p: torch.optim.NAdam(p, **ADAM, momentum_decay=0.1)),
+    "radam": ({"type": "RAdam", "params": {**ADAM, "decoupled_weight_decay": True}},
+              lambda p: torch.optim.RAdam(p, **ADAM, decoupled_weight_decay=True)),
+    "asgd": ({"type": "ASGD", "params": {"lr": 0.1, "lambd": 0.1, "t0": 2}},
+             lambda p: torch.optim.ASGD(p, lr=0.1, lambd=0.1, t0=2)),
+    "rprop": ({"type": "Rprop", "params": {"etas": [0.4, 1.3], "step_sizes": [1e-4, 0.1]}},
+              lambda p: torch.optim.Rprop(p, etas=(0.4, 1.3), step_sizes=(1e-4, 0.1))),
     "nesterov": ({"type": "SGD", "params": {"lr": 0.05, "momentum": 0.9, "nesterov": True,
                                             "weight_decay": 0.1}},
                  lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True,
@@ -58,6 +73,19 @@ PASSED = {
     "Adam": ADAM,
     "Adagrad": {"lr": 0.05, "initial_accumulator_value": 0.3},
     "SGD": {"lr": 0.05, "momentum": 0.9, "dampening": 0.1},
+    "RMSprop": {"lr": 0.01, "centered": True},
+    "Adadelta": {"lr": 0.5, "rho": 0.8, "weight_decay": 0.1},
+    "Adamax": ADAM,
+    "NAdam": {**ADAM, "decoupled_weight_decay": True},
+    "RAdam": ADAM,
+    "ASGD": {"lr": 0.05, "weight_decay": 0.1},
+    "Rprop": {"lr": 0.001},
+}
+# With another rate in every step.
+SCHEDULED = {
+    "AdamW": ADAM,
+    "ASGD": {"lr": 0.1, "lambd": 0.3, "alpha": 0.5, "t0": 1},
+    "NAdam": ADAM,
 }
 
 
@@ -104,6 +132,10 @@ def all_runs():
     for name, params in PASSED.items():
         runs[f"passed-{name}"] = {"config": config(gradient_accumulation_steps=2),
                                   "optimizer": (name, params)}
+    schedule = {"type": "ExponentialLR", "params": {"gamma": 0.6}}
+    for name, params in SCHEDULED.items():
+        runs[f"scheduled-{name}"] = {"config": config(scheduler=schedule),
+                                     "optimizer": (name, params)}
     half = {"full": {}, "bf16": {"bf16": {"enabled": True}},
             "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8, "auto_cast": True}},
             "autocast": {"torch_autocast": {"enabled": True}}}
@@ -157,6 +189,14 @@ def test_passed_optimizers_equal_pytorch(name, results):
     kind = getattr(torch.optim, name)
     expected = plain(lambda p: kind(p, **PASSED[name]), accumulation=2)
     check(results[0][f"passed-{name}"], expected)
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_a_schedule_moves_rates_as_pytorchs(name, results):
+    kind = getattr(torch.optim, name)
+    expected = plain(lambda p: kind(p, **SCHEDULED[name]),
+                     schedule=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.6))
+    check(results[0][f"scheduled-{name}"], expected)
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16", "autocast"])

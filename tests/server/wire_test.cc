@@ -195,7 +195,7 @@ TEST(Wire, AnotherVersionIsNamed) {
   std::string bytes = EncodeMessage(core::Report{});
   bytes[4] = 9;
   EXPECT_THAT(std::string(DecodeMessage(bytes).status().message()),
-              testing::HasSubstr("message version 9, this one 2"));
+              testing::HasSubstr("message version 9, this one 3"));
 }
 
 TEST(Wire, LengthsThatCannotBeTrueTakeNoMemory) {

@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -39,27 +40,44 @@ DType ParseDType(const std::string& name) {
 }
 
 client::OptimizerKind ParseOptimizer(const std::string& name) {
-  if (name == "adam") return client::OptimizerKind::kAdam;
-  if (name == "lion") return client::OptimizerKind::kLion;
-  if (name == "adagrad") return client::OptimizerKind::kAdagrad;
-  if (name == "sgd") return client::OptimizerKind::kSgd;
-  if (name == "sgd_momentum") return client::OptimizerKind::kSgdMomentum;
-  if (name == "lamb") return client::OptimizerKind::kLamb;
-  if (name == "muon") return client::OptimizerKind::kMuon;
-  Raise(absl::InvalidArgumentError(
-      "the optimizer is \"" + name +
-      "\"; it must be \"adam\", \"lion\", \"adagrad\", \"sgd\", \"sgd_momentum\", \"lamb\" or "
-      "\"muon\""));
+  using Kind = client::OptimizerKind;
+  static constexpr std::pair<std::string_view, Kind> kKinds[] = {
+      {"adam", Kind::kAdam},
+      {"lion", Kind::kLion},
+      {"adagrad", Kind::kAdagrad},
+      {"sgd", Kind::kSgd},
+      {"sgd_momentum", Kind::kSgdMomentum},
+      {"lamb", Kind::kLamb},
+      {"muon", Kind::kMuon},
+      {"rmsprop", Kind::kRmsProp},
+      {"rmsprop_momentum", Kind::kRmsPropMomentum},
+      {"rmsprop_centered", Kind::kRmsPropCentered},
+      {"rmsprop_centered_momentum", Kind::kRmsPropCenteredMomentum},
+      {"adadelta", Kind::kAdadelta},
+      {"adamax", Kind::kAdamax},
+      {"nadam", Kind::kNAdam},
+      {"radam", Kind::kRAdam},
+      {"asgd", Kind::kAsgd},
+      {"rprop", Kind::kRprop},
+  };
+  std::string known;
+  for (const auto& [text, kind] : kKinds) {
+    if (name == text) return kind;
+    known += std::string(known.empty() ? "" : ", ") + "\"" + std::string(text) + "\"";
+  }
+  Raise(absl::InvalidArgumentError("the optimizer is \"" + name + "\"; it must be one of " +
+                                   known));
 }
 
 client::StateKind ParseKind(const std::string& name) {
   if (name == "master") return client::StateKind::kMaster;
   if (name == "exp_avg") return client::StateKind::kExpAvg;
   if (name == "exp_avg_sq") return client::StateKind::kExpAvgSq;
+  if (name == "third") return client::StateKind::kThird;
   if (name == "gradient") return client::StateKind::kGradient;
   Raise(absl::InvalidArgumentError("the kind of state is \"" + name +
-                                   "\"; it must be \"master\", \"exp_avg\", \"exp_avg_sq\" or, to "
-                                   "be read, \"gradient\""));
+                                   "\"; it must be \"master\", \"exp_avg\", \"exp_avg_sq\", "
+                                   "\"third\" or, to be read, \"gradient\""));
 }
 
 client::ScalarOp ParseOp(const std::string& name) {
@@ -286,39 +304,66 @@ std::unique_ptr<PyClient> Attach(std::vector<client::ModuleInfo> modules,
   return std::make_unique<PyClient>(Take(std::move(attached)), std::move(shapes));
 }
 
+constexpr std::pair<const char*, double client::Group::*> kNumbers[] = {
+    {"lr", &client::Group::lr},
+    {"beta1", &client::Group::beta1},
+    {"beta2", &client::Group::beta2},
+    {"eps", &client::Group::eps},
+    {"weight_decay", &client::Group::weight_decay},
+    {"momentum", &client::Group::momentum},
+    {"dampening", &client::Group::dampening},
+    {"lr_decay", &client::Group::lr_decay},
+    {"initial_accumulator_value", &client::Group::initial_accumulator_value},
+    {"min_coeff", &client::Group::min_coeff},
+    {"max_coeff", &client::Group::max_coeff},
+    {"alpha", &client::Group::alpha},
+    {"rho", &client::Group::rho},
+    {"momentum_decay", &client::Group::momentum_decay},
+    {"eta_minus", &client::Group::eta_minus},
+    {"eta_plus", &client::Group::eta_plus},
+    {"step_min", &client::Group::step_min},
+    {"step_max", &client::Group::step_max},
+    {"lambd", &client::Group::lambd},
+    {"t0", &client::Group::t0},
+    {"lr_before", &client::Group::lr_before},
+};
+constexpr std::pair<const char*, bool client::Group::*> kFlags[] = {
+    {"decoupled", &client::Group::decoupled},
+    {"bias_correction", &client::Group::bias_correction},
+    {"nesterov", &client::Group::nesterov},
+    {"eps_inside_sqrt", &client::Group::eps_inside_sqrt},
+    {"standard_newton_schulz", &client::Group::standard_newton_schulz},
+    {"centered", &client::Group::centered},
+};
+
+// TypeError for a name that a group has not, and for a value of another type.
+client::Group MakeGroup(double lr, const nb::kwargs& values) {
+  client::Group group;
+  group.lr = lr;
+  const auto set = [](const auto& fields, const std::string& name, nb::handle value, auto* out) {
+    for (const auto& [known, field] : fields) {
+      if (name != known) continue;
+      if (!nb::try_cast(value, out->*field)) {
+        throw nb::type_error(("Group(): " + name + " has a value of the wrong type").c_str());
+      }
+      return true;
+    }
+    return false;
+  };
+  for (const auto& [key, value] : values) {
+    const auto name = nb::cast<std::string>(key);
+    if (!set(kNumbers, name, value, &group) && !set(kFlags, name, value, &group)) {
+      throw nb::type_error(("Group() has no " + name).c_str());
+    }
+  }
+  return group;
+}
+
 void DefineGroup(nb::module_& m) {
-  nb::class_<client::Group>(m, "Group")
-      .def(nb::new_([](double lr, double beta1, double beta2, double eps, double weight_decay,
-                       double momentum, double dampening, double lr_decay,
-                       double initial_accumulator_value, bool decoupled, bool bias_correction,
-                       bool nesterov, double min_coeff, double max_coeff,
-                       bool eps_inside_sqrt, bool standard_newton_schulz) {
-             return client::Group{lr, beta1, beta2, eps, weight_decay, momentum, dampening,
-                                  lr_decay, initial_accumulator_value, decoupled,
-                                  bias_correction, nesterov, min_coeff, max_coeff,
-                                  eps_inside_sqrt, standard_newton_schulz};
-           }),
-           "lr"_a, "beta1"_a = 0.9, "beta2"_a = 0.999, "eps"_a = 1e-8, "weight_decay"_a = 0.0,
-           "momentum"_a = 0.0, "dampening"_a = 0.0, "lr_decay"_a = 0.0,
-           "initial_accumulator_value"_a = 0.0, "decoupled"_a = true, "bias_correction"_a = true,
-           "nesterov"_a = false, "min_coeff"_a = 0.01, "max_coeff"_a = 10.0,
-           "eps_inside_sqrt"_a = false, "standard_newton_schulz"_a = false)
-      .def_rw("lr", &client::Group::lr)
-      .def_rw("beta1", &client::Group::beta1)
-      .def_rw("beta2", &client::Group::beta2)
-      .def_rw("eps", &client::Group::eps)
-      .def_rw("weight_decay", &client::Group::weight_decay)
-      .def_rw("momentum", &client::Group::momentum)
-      .def_rw("dampening", &client::Group::dampening)
-      .def_rw("lr_decay", &client::Group::lr_decay)
-      .def_rw("initial_accumulator_value", &client::Group::initial_accumulator_value)
-      .def_rw("decoupled", &client::Group::decoupled)
-      .def_rw("bias_correction", &client::Group::bias_correction)
-      .def_rw("nesterov", &client::Group::nesterov)
-      .def_rw("min_coeff", &client::Group::min_coeff)
-      .def_rw("max_coeff", &client::Group::max_coeff)
-      .def_rw("eps_inside_sqrt", &client::Group::eps_inside_sqrt)
-      .def_rw("standard_newton_schulz", &client::Group::standard_newton_schulz);
+  nb::class_<client::Group> group(m, "Group");
+  group.def(nb::new_(&MakeGroup), "lr"_a, "values"_a);
+  for (const auto& [name, field] : kNumbers) group.def_rw(name, field);
+  for (const auto& [name, field] : kFlags) group.def_rw(name, field);
 }
 
 void DefineValues(nb::module_& m) {

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from zerod.optimizer import SGD, Adagrad, Adam, AdamW, Lamb, Lion, Muon
     from zerod.parameter_status import ZeroParamStatus
     from zerod.schedule import WarmupLR
+    from zerod.torch_optimizers import ASGD, Adadelta, Adamax, NAdam, RAdam, RMSprop, Rprop
 
 _HOMES = {
     "_zerod": ("__version__",),
@@ -103,6 +104,7 @@ _HOMES = {
     "optimizer": ("SGD", "Adagrad", "Adam", "AdamW", "Lamb", "Lion", "Muon"),
     "parameter_status": ("ZeroParamStatus",),
     "schedule": ("WarmupLR",),
+    "torch_optimizers": ("ASGD", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted([*_HOME_OF, "zero"])  # noqa: PLE0605

@@ -116,9 +116,21 @@ class Group:
     max_coeff: float
     eps_inside_sqrt: bool
     standard_newton_schulz: bool
+    centered: bool
+    alpha: float
+    rho: float
+    momentum_decay: float
+    eta_minus: float
+    eta_plus: float
+    step_min: float
+    step_max: float
+    lambd: float
+    t0: float
+    lr_before: float
     def __init__(
         self,
         lr: float,
+        *,
         beta1: float = 0.9,
         beta2: float = 0.999,
         eps: float = 1e-8,
@@ -134,6 +146,17 @@ class Group:
         max_coeff: float = 10.0,
         eps_inside_sqrt: bool = False,
         standard_newton_schulz: bool = False,
+        centered: bool = False,
+        alpha: float = 0.99,
+        rho: float = 0.9,
+        momentum_decay: float = 0.004,
+        eta_minus: float = 0.5,
+        eta_plus: float = 1.2,
+        step_min: float = 1e-6,
+        step_max: float = 50.0,
+        lambd: float = 1e-4,
+        t0: float = 1e6,
+        lr_before: float = 0.0,
     ) -> None: ...
 
 class UnitView:
@@ -187,6 +210,12 @@ class Counters:
     @property
     def step_wait_seconds(self) -> float: ...
 
+_OptimizerKind = Literal[
+    "adam", "lion", "adagrad", "sgd", "sgd_momentum", "lamb", "muon", "rmsprop", "rmsprop_momentum",
+    "rmsprop_centered", "rmsprop_centered_momentum", "adadelta", "adamax", "nadam", "radam", "asgd",
+    "rprop",
+]
+
 class Client:
     """One training process, attached to its job. Thread-safe."""
 
@@ -195,9 +224,7 @@ class Client:
         *,
         modules: Sequence[ModuleInfo],
         parameters: Sequence[ParameterInfo],
-        groups: Sequence[
-            Literal["adam", "lion", "adagrad", "sgd", "sgd_momentum", "lamb", "muon"]
-        ] = (),
+        groups: Sequence[_OptimizerKind] = (),
         config: str = "{}",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         address: str = "",
@@ -301,7 +328,7 @@ class Client:
         begin: int,
         data_ptr: int,
         count: int,
-        kind: Literal["master", "exp_avg", "exp_avg_sq"] = "master",
+        kind: Literal["master", "exp_avg", "exp_avg_sq", "third"] = "master",
     ) -> None:
         """Writes `count` float32 values at `data_ptr` into elements [begin, begin + count), on all
         nodes: of the master copy (nobody may hold the unit), or of the first or second tensor of
@@ -313,7 +340,7 @@ class Client:
         begin: int,
         data_ptr: int,
         count: int,
-        kind: Literal["master", "exp_avg", "exp_avg_sq", "gradient"] = "master",
+        kind: Literal["master", "exp_avg", "exp_avg_sq", "third", "gradient"] = "master",
     ) -> None:
         """Fills `count` float32 values at `data_ptr`. "gradient": the sum over all ranks of what
         was handed over in the step under way, times the loss scale; see hand_over()."""

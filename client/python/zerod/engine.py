@@ -216,7 +216,7 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
             self.skipped_steps += 1
             self._skipped_at.append(self.global_steps)
         else:
-            self._step_scheduler(self._lr_kwargs)
+            self._count_applied(self._lr_kwargs)
 
     def _tell_optimizer(self, overflow: bool) -> None:
         if self.optimizer is not None:
@@ -224,8 +224,11 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
             self.optimizer.overflow = overflow
             self.optimizer.loss_scale = self.client.loss_scale
 
-    def _step_scheduler(self, lr_kwargs: dict[str, Any]) -> None:
-        if self.lr_scheduler is None:
+    def _count_applied(self, lr_kwargs: dict[str, Any], lr_scheduler: bool = True) -> None:
+        """What moves on with an applied step."""
+        if self.optimizer is not None:
+            self.optimizer.applied()
+        if self.lr_scheduler is None or not lr_scheduler:
             return
         if self.optimizer is not None:
             self.optimizer.mark_stepped()
@@ -445,8 +448,8 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
         self._step_applied = not skipped
         if skipped:
             self._skipped_at.append(self.global_steps)
-        elif self.lr_scheduler is not None and "lr_scheduler" in parts:
-            self._step_scheduler(parts["lr_kwargs"])  # it moves on after an applied step
+        else:
+            self._count_applied(parts.get("lr_kwargs", {}), "lr_scheduler" in parts)
 
     def release_module(self) -> None:
         """The module gets parameters of its own, float32 and without values: this engine can no

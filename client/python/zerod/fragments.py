@@ -16,8 +16,6 @@ from zerod.model import ManagedParameter
 if TYPE_CHECKING:
     from zerod.engine import Engine
 
-_KINDS = ("exp_avg", "exp_avg_sq")  # of Client.read, in the order of Optimizer.STATE
-
 
 def _find(parameter: torch.Tensor) -> "tuple[Engine, ManagedParameter] | None":
     owned = gathered.owners.get(id(parameter))
@@ -37,13 +35,13 @@ def _find_managed(parameter: torch.Tensor) -> "tuple[Engine, ManagedParameter]":
 def _kind(engine: "Engine", managed: ManagedParameter, key: str) -> str:
     assert engine.optimizer is not None
     group = engine.optimizer.param_groups[managed.group]
-    names = engine.optimizer.state_names(group)
-    if key not in names:
+    kinds = engine.optimizer.states(group)
+    if key not in kinds:
         raise ValueError(
             f"{type(engine.optimizer).__name__} keeps no {key!r} of {managed.name!r}: it keeps "
-            + (", ".join(names) or "no state")
+            + (", ".join(kinds) or "no state")
         )
-    return _KINDS[names.index(key)]
+    return kinds[key]
 
 
 def _put(engine: "Engine", managed: ManagedParameter, value: torch.Tensor, kind: str) -> None:
@@ -86,8 +84,8 @@ def safe_get_full_optimizer_state(
     param: torch.Tensor, optim_state_key: str
 ) -> torch.Tensor | None:
     """The optimizer's tensor of that name (torch's: `exp_avg`, `exp_avg_sq`, `momentum_buffer`,
-    `sum`) in fp32, in memory of the caller's own. None where no engine trains `param`; ValueError
-    where its optimizer has no such state."""
+    `sum` and so on) in fp32, in memory of the caller's own. None where no engine trains `param`;
+    ValueError where its optimizer has no such state."""
     found = _find(param)
     if found is None or not found[1].trainable:
         return None

@@ -20,7 +20,7 @@ from zerod import (
     constructors,
     leaf,
     monitors,
-    optimizer as optimizers,
+    optimizer_choice,
     peers,
     progress,
     replay,
@@ -33,6 +33,7 @@ from zerod.launch import Launch
 from zerod.loader import Loader
 from zerod.model import ModelDescription, describe
 from zerod.nursery import nursery
+from zerod.optimizer import Optimizer
 from zerod.weights import Weights, model_buffers
 
 log = logging.getLogger("zerod")
@@ -46,7 +47,7 @@ _engines: "weakref.WeakSet[Engine]" = weakref.WeakSet()
 def initialize(
     args: Any = None,
     model: nn.Module | None = None,
-    optimizer: torch.optim.Optimizer | optimizers.Builder | None = None,
+    optimizer: torch.optim.Optimizer | optimizer_choice.Builder | None = None,
     model_parameters: Iterable[Any] | None = None,
     training_data: Dataset[Any] | None = None,
     lr_scheduler: Any = None,
@@ -62,7 +63,7 @@ def initialize(
 
     The arguments are DeepSpeed's. `config` is a dict, the path of a JSON file, or base64 of one;
     "auto" becomes what `model` and `optimizer` say (docs/config.md). `optimizer` is one of
-    torch.optim that the daemon computes (AdamW, Adam, Adagrad, SGD) or of this package (Lamb,
+    torch.optim that the daemon computes (docs/pytorch.md names them) or of this package (Lamb,
     Lion and Muon too), or a function that makes one of parameters; `lr_scheduler` a scheduler, or a
     function that makes one of the optimizer. `address` is the daemon's socket ("unix:/path"; else
     ZEROD_ADDRESS, else an embedded one). `seed` orders `training_data`.
@@ -81,7 +82,7 @@ def initialize(
     resolved = read.config
     monitors.check(resolved)
     dtype = configuration.dtype(resolved)
-    built = optimizers.build(
+    built = optimizer_choice.build(
         model, optimizer, model_parameters, resolved, passed_wins=written_for_deepspeed
     )
     scheduler = _scheduler(lr_scheduler, built, resolved, passed_wins=written_for_deepspeed)
@@ -163,7 +164,7 @@ def _read(
 def _attach(
     resolved: dict[str, Any],
     description: ModelDescription,
-    built: optimizers.Optimizer | None,
+    built: Optimizer | None,
     launch: Launch,
     address: str,
     dtype: torch.dtype,

@@ -129,7 +129,7 @@ class Replaying:
             return
         self._tell_optimizer(overflow=skipped)
         if not skipped:
-            self._step_scheduler(lr_kwargs)
+            self._count_applied(lr_kwargs)
 
 
 def choose(config: dict[str, Any], written_for_deepspeed: bool) -> bool:

@@ -34,6 +34,16 @@ enum class OptimizerKind {
   kSgdMomentum = 5,
   kLamb = 6,
   kMuon = 7,  // of parameters of 2 or 4 dimensions
+  kRmsProp = 8,  // without momentum, not centered
+  kRmsPropMomentum = 9,
+  kRmsPropCentered = 10,
+  kRmsPropCenteredMomentum = 11,
+  kAdadelta = 12,
+  kAdamax = 13,
+  kNAdam = 14,
+  kRAdam = 15,
+  kAsgd = 16,
+  kRprop = 17,
 };
 
 struct ModuleInfo {
@@ -97,13 +107,24 @@ struct Group {
   double dampening = 0;
   double lr_decay = 0;
   double initial_accumulator_value = 0;
-  bool decoupled = true;  // Adam: AdamW's weight decay, else L2 regularization
+  bool decoupled = true;  // Adam, NAdam, RAdam: AdamW's weight decay, else L2 regularization
   bool bias_correction = true;
   bool nesterov = false;
   double min_coeff = 0.01;  // LAMB
   double max_coeff = 10;    // LAMB
   bool eps_inside_sqrt = false;  // LAMB
   bool standard_newton_schulz = false;  // Muon
+  bool centered = false;  // RMSprop: what its kind says
+  double alpha = 0.99;    // RMSprop, ASGD
+  double rho = 0.9;       // Adadelta
+  double momentum_decay = 0.004;  // NAdam
+  double eta_minus = 0.5;  // Rprop: its etas and step_sizes
+  double eta_plus = 1.2;
+  double step_min = 1e-6;
+  double step_max = 50;
+  double lambd = 1e-4;    // ASGD
+  double t0 = 1e6;        // ASGD
+  double lr_before = 0;   // ASGD: lr of the step before
 };
 struct StepRequest {
   double max_norm = 0;
@@ -118,10 +139,10 @@ struct StepResult {
   double loss_scale = 1;  // what the next step's loss is to be multiplied by
 };
 enum class ScalarOp { kSum, kMean, kMin, kMax };
-// The master copy, and the first and the second tensor of the optimizer's state.
+// The master copy, and the first, second and third tensor of the optimizer's state.
 // kGradient, which can be read alone: the sum of all ranks' gradients of the step under way, as far
 // as they were handed over for good and reduced (HandOver).
-enum class StateKind { kMaster, kExpAvg, kExpAvgSq, kGradient };
+enum class StateKind { kMaster, kExpAvg, kExpAvgSq, kThird, kGradient };
 
 // Where the loss scale of an fp16 job stands, in the terms of DeepSpeed's DynamicLossScaler.
 struct LossScalerState {
