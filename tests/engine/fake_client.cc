@@ -159,7 +159,7 @@ absl::Status FakeClient::Scatter(core::UnitIndex u, bool last) {
   entry.flags = last ? shm::kLast : 0;
   if (!plan_.node_sum) return last ? Request(entry).status() : absl::OkStatus();
   const core::Unit& unit = layout_->units()[u];
-  const uint64_t header = (unit.parameters.size() + 63) / 64 * 64;
+  const uint64_t header = shm::StagedHeaderBytes(unit.parameters.size());
   staged_sum_[u].resize(unit.trainable_elements);
   memcpy(map_[2] + header, staged_sum_[u].data(), unit.trainable_elements * sizeof(float));
   for (size_t i = 0; i < unit.parameters.size(); ++i) {
