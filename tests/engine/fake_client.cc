@@ -94,6 +94,12 @@ absl::StatusOr<shm::CompleteEntry> FakeClient::AwaitAny() {
   return absl::DeadlineExceededError("no answer");
 }
 
+std::optional<shm::CompleteEntry> FakeClient::TryPop() {
+  shm::CompleteEntry complete{};
+  if (!ring_->Pop(&complete)) return std::nullopt;
+  return complete;
+}
+
 void FakeClient::RingDoorbell() {
   const uint64_t one = 1;
   CHECK_EQ(write(doorbell_, &one, sizeof(one)), static_cast<ssize_t>(sizeof(one)));
