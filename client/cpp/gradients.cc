@@ -9,11 +9,10 @@
 #include "base/clock.h"
 #include "base/status.h"
 #include "client/cpp/land.h"
+#include "proto/shm/format.h"
 
 namespace zerod::client {
 namespace {
-
-constexpr uint64_t kSlotAlignBytes = 64;
 
 uint64_t AlignUp(uint64_t n, uint64_t to) { return (n + to - 1) / to * to; }
 
@@ -40,12 +39,12 @@ Gradients::Gradients(const AttachPlan* plan, std::byte* file, uint8_t* touched,
 }
 
 uint64_t Gradients::HeaderBytes(const Unit& unit) const {
-  return AlignUp(unit.parameters.size(), kSlotAlignBytes);
+  return shm::StagedHeaderBytes(unit.parameters.size());
 }
 
 uint64_t Gradients::SlotBytes(uint32_t unit) const {
   return AlignUp(HeaderBytes(units_[unit]) + plan_.units[unit].trainable_elements * sizeof(float),
-                 kSlotAlignBytes);
+                 shm::kStagedAlignBytes);
 }
 
 float* Gradients::Destination(uint32_t parameter) const {

@@ -207,7 +207,7 @@ void PlanGradients(const Config& config, const Layout& layout, uint32_t local_wo
     uint64_t second = 0;
     for (const Unit& unit : layout.units()) {
       const uint64_t slot =
-          (unit.parameters.size() + 63) / 64 * 64 + unit.trainable_elements * 4;
+          StagedHeaderBytes(unit.parameters.size()) + unit.trainable_elements * 4;
       second = std::max(second, std::min(slot, largest));
       largest = std::max(largest, slot);
     }

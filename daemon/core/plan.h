@@ -77,6 +77,8 @@ struct JobPlan {
 inline constexpr uint64_t kTransferValuesBytes = 4 << 20;
 // Of a client's rings and its trace: proto/shm/format.h's sizes, which tests/core compares.
 inline constexpr uint64_t kRingBytes = 92 << 10;
+// node_sum: what stands before the elements of a gradient in staging; likewise.
+constexpr uint64_t StagedHeaderBytes(uint64_t parameters) { return (parameters + 63) / 64 * 64; }
 inline constexpr uint64_t kStagingBytes = 32 << 20;  // at most, of all pieces in flight
 inline constexpr uint32_t kPiecesInFlight = 4;
 inline constexpr uint32_t kMatricesAtOnce = 4;  // at most

@@ -50,6 +50,7 @@ class Sequencer {
     std::map<uint64_t, ScalarReady> scalars;
   };
 
+  static absl::Status BadMessage(MemberIndex from, const std::string& what);
   absl::Status OnItem(MemberIndex from, const ReportItem& item, std::vector<Entry>* out);
   absl::Status OnJoined(MemberIndex from, const Joined& j) const;
   absl::Status OnWant(MemberIndex from, const Want& w);

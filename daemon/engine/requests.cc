@@ -18,8 +18,6 @@ using core::SlotIndex;
 using core::UnitIndex;
 using shm::Op;
 
-constexpr uint64_t kTouchedAlign = 64;  // of the touched bytes in a staged gradient
-
 bool IsAnswered(Op op) {
   return op != Op::kRelease && op != Op::kMicroStep && op != Op::kMakeRoom;
 }
@@ -201,14 +199,14 @@ absl::StatusOr<std::vector<bool>> JobRunnerImpl::ScatteredParameters(
   std::vector<bool> touched(parameters);
   std::vector<uint8_t> bytes(parameters);
   if (plan_.node_sum) {
-    const uint64_t header = (parameters + kTouchedAlign - 1) / kTouchedAlign * kTouchedAlign;
-    const uint64_t needed = header + unit.trainable_elements * sizeof(float);
-    if (entry.cookie == 0 || entry.arg0 % kTouchedAlign != 0 ||
+    const uint64_t needed = shm::StagedHeaderBytes(parameters) +
+                            unit.trainable_elements * sizeof(float);
+    if (entry.cookie == 0 || entry.arg0 % shm::kStagedAlignBytes != 0 ||
         needed > plan_.gradient_file_bytes || entry.arg0 > plan_.gradient_file_bytes - needed) {
       return absl::InvalidArgumentError(absl::StrCat(
           "a gradient of unit ", entry.unit, " staged at byte ", entry.arg0, ": it needs ", needed,
-          " of ", plan_.gradient_file_bytes, " bytes, an offset divisible by ", kTouchedAlign,
-          " and a cookie"));
+          " of ", plan_.gradient_file_bytes, " bytes, an offset divisible by ",
+          shm::kStagedAlignBytes, " and a cookie"));
     }
     shm::CopyShared(bytes.data(), client.gradient() + entry.arg0, parameters);
   } else {

@@ -32,7 +32,7 @@ StagedGradient JobRunnerImpl::FindStaged(core::SlotIndex slot, UnitIndex u,
     return staged;
   }
   staged.touched = request.touched;
-  const uint64_t header = (unit.parameters.size() + 63) / 64 * 64;
+  const uint64_t header = shm::StagedHeaderBytes(unit.parameters.size());
   staged.data = reinterpret_cast<const float*>(staged.client->gradient() +
                                                request.staging_offset + header);
   for (uint32_t p : unit.parameters) {

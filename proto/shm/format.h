@@ -31,6 +31,12 @@ inline constexpr uint64_t kMagic = 0x315f444f52455a00;  // "\0ZEROD_1"
 inline constexpr uint64_t kChunkBytes = 64 * 1024;
 // Parameters start on multiples of this many elements, so on 64 bytes in every dtype we serve.
 inline constexpr uint64_t kParamAlignElements = 32;
+// A gradient in staging starts on a multiple of this many bytes, and so do its elements.
+inline constexpr uint64_t kStagedAlignBytes = 64;
+// Before its elements: a touched byte for each parameter of the unit, padded.
+constexpr uint64_t StagedHeaderBytes(uint64_t parameters) {
+  return (parameters + kStagedAlignBytes - 1) / kStagedAlignBytes * kStagedAlignBytes;
+}
 inline constexpr uint32_t kRingEntries = 256;  // power of two; bound on requests in flight
 inline constexpr uint32_t kGroupsMax = 64;     // parameter groups of an optimizer
 inline constexpr uint32_t kTraceMax = 8192;    // gathers of one step that are remembered

@@ -338,8 +338,7 @@ bool TryRetract(std::atomic<uint64_t>* word,
                 absl::Span<const std::atomic<uint32_t>* const> holds) {
   const uint64_t before = word->load(std::memory_order_relaxed);
   UnitWord unit = UnpackUnitWord(before);
-  const bool filling = unit.state == CopyState::kFilling;
-  if (unit.state != CopyState::kValid && !filling) return false;
+  if (unit.state != CopyState::kValid) return false;
   const uint32_t own = unit.version + 1;
   unit.state = CopyState::kEvicting;
   word->store(PackUnitWord(unit), std::memory_order_relaxed);
@@ -347,8 +346,7 @@ bool TryRetract(std::atomic<uint64_t>* word,
   std::atomic_thread_fence(std::memory_order_seq_cst);
   for (const std::atomic<uint32_t>* hold : holds) {
     // Acquire: with a hold that is gone, the client's reads of the copy are over.
-    const uint32_t claim = hold->load(std::memory_order_acquire);
-    if (claim == own || (filling && claim != 0)) {
+    if (hold->load(std::memory_order_acquire) == own) {
       word->store(before, std::memory_order_release);
       return false;
     }

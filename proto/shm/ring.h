@@ -154,10 +154,10 @@ inline constexpr uint32_t kDoorbellEvents = 0x001u | (1u << 31);
 // An eventfd for a new client, O_CLOEXEC and non-blocking, owned by the caller.
 absl::StatusOr<int> MakeDoorbell();
 
-// Takes a copy back for eviction or rewriting: the hazard pointer's daemon half. True: no client
-// claims it nor can from now on; `*word` is kAbsent. False: claimed, or kAbsent to begin with;
-// `*word` is as it was. A kValid copy is claimed by holds of its own version only, a kFilling one
-// by any. `holds` are this unit's hold words, one per living client. One thread per word.
+// Takes a kValid copy back for eviction or rewriting: the hazard pointer's daemon half. True: no
+// client claims it nor can from now on; `*word` is kAbsent. False: claimed, or not kValid to begin
+// with (nobody can claim it then); `*word` is as it was. Only holds of the copy's own version claim
+// it. `holds` are this unit's hold words, one per living client. One thread per word.
 bool TryRetract(std::atomic<uint64_t>* word,
                 absl::Span<const std::atomic<uint32_t>* const> holds);
 

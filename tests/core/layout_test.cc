@@ -31,6 +31,9 @@ TEST(LayoutTest, AgreesWithTheFormat) {
   EXPECT_THAT(Layout::Build(model, {}).status().message(), HasSubstr("in group 64"));
   EXPECT_EQ(kRingBytes, shm::PageUp(sizeof(shm::SubmitPage)) + shm::kTraceMax * 4 +
                             shm::PageUp(sizeof(shm::CompletePage)));
+  for (uint64_t parameters : {1, 64, 65, 1000}) {
+    EXPECT_EQ(StagedHeaderBytes(parameters), shm::StagedHeaderBytes(parameters));
+  }
   EXPECT_EQ(int(StateKind::kExpAvgSq), int(shm::StateKind::kExpAvgSq));
   EXPECT_EQ(int(StateKind::kGradient), int(shm::StateKind::kGradient));
   EXPECT_EQ(int(ScalarOp::kMax), int(shm::ScalarOp::kMax));

@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "daemon/engine/job_runner.h"
-#include "daemon/fabric/rendezvous.h"
 #include "tests/engine/fake_client.h"
+#include "tests/fabric/map_rendezvous.h"
 
 namespace zerod::engine::testing {
 

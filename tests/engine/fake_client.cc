@@ -94,6 +94,12 @@ absl::StatusOr<shm::CompleteEntry> FakeClient::AwaitAny() {
   return absl::DeadlineExceededError("no answer");
 }
 
+std::optional<shm::CompleteEntry> FakeClient::TryPop() {
+  shm::CompleteEntry complete{};
+  if (!ring_->Pop(&complete)) return std::nullopt;
+  return complete;
+}
+
 void FakeClient::RingDoorbell() {
   const uint64_t one = 1;
   CHECK_EQ(write(doorbell_, &one, sizeof(one)), static_cast<ssize_t>(sizeof(one)));
@@ -159,7 +165,7 @@ absl::Status FakeClient::Scatter(core::UnitIndex u, bool last) {
   entry.flags = last ? shm::kLast : 0;
   if (!plan_.node_sum) return last ? Request(entry).status() : absl::OkStatus();
   const core::Unit& unit = layout_->units()[u];
-  const uint64_t header = (unit.parameters.size() + 63) / 64 * 64;
+  const uint64_t header = shm::StagedHeaderBytes(unit.parameters.size());
   staged_sum_[u].resize(unit.trainable_elements);
   memcpy(map_[2] + header, staged_sum_[u].data(), unit.trainable_elements * sizeof(float));
   for (size_t i = 0; i < unit.parameters.size(); ++i) {

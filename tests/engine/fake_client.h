@@ -4,6 +4,8 @@
 // table instead of mapping them at an address, and waits for every answer.
 #pragma once
 
+#include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -38,6 +40,9 @@ class FakeClient {
   absl::StatusOr<shm::CompleteEntry> Request(shm::SubmitEntry entry);
   absl::StatusOr<shm::CompleteEntry> Await(const shm::SubmitEntry& entry);
   absl::StatusOr<shm::CompleteEntry> AwaitAny();
+  // An answer where there is one already.
+  std::optional<shm::CompleteEntry> TryPop();
+  absl::Status Failure() const { return ring_->Failure(); }
   absl::Status Push(const shm::SubmitEntry& entry) { return ring_->Push(entry); }
   void RingDoorbell();
   // Waits until the attachment has failed, and says how; OK after a minute.

@@ -12,7 +12,7 @@
 #include <gtest/gtest.h>
 
 #include "daemon/fabric/fabric.h"
-#include "daemon/fabric/rendezvous.h"
+#include "tests/fabric/map_rendezvous.h"
 
 namespace zerod::fabric {
 

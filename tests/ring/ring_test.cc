@@ -296,13 +296,13 @@ TEST_F(HoldTest, AHoldOfAnotherVersionDoesNotKeepAStaleCopy) {
   EXPECT_TRUE(Retract(1)) << "the client waits for 6: copy 5 is in the way";
 }
 
-TEST_F(HoldTest, ACopyOnItsWayIsKeptForWhoeverWaits) {
-  Set(1, 4, CopyState::kFilling);
-  client_.Intend(1, 6);
-  EXPECT_FALSE(Retract(1));
-  EXPECT_EQ(words_[1], PackUnitWord({4, 9, CopyState::kFilling}));
-  client_.Unclaim(1);
-  EXPECT_TRUE(Retract(1));
+TEST_F(HoldTest, OnlyAValidCopyIsRetracted) {
+  for (CopyState state : {CopyState::kAbsent, CopyState::kFilling, CopyState::kEvicting}) {
+    Set(1, 4, state);
+    const uint64_t before = words_[1];
+    EXPECT_FALSE(Retract(1));
+    EXPECT_EQ(words_[1], before);
+  }
 }
 
 TEST_F(HoldTest, AnyClientsHoldCounts) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "daemon/fabric/rendezvous.h"
+#include "tests/fabric/map_rendezvous.h"
 
 #include <chrono>
 

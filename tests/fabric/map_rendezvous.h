@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A Rendezvous that lives in this process: for tests, and for members that share a process.
+// A Rendezvous for members that share a process.
 #pragma once
 
 #include <condition_variable>
