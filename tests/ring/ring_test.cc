@@ -23,7 +23,7 @@ using ::testing::HasSubstr;
 static_assert(offsetof(SubmitPage, tail) == 64 && offsetof(SubmitPage, cq_head) == 128 &&
               offsetof(SubmitPage, sleeping) == 192 && offsetof(SubmitPage, trace_len) == 256 &&
               offsetof(SubmitPage, entry) == 320 && offsetof(SubmitPage, step) == 16704 &&
-              offsetof(SubmitPage, scalar) == 24960 && sizeof(StepRecord) == 8224);
+              offsetof(SubmitPage, scalar) == 29056 && sizeof(StepRecord) == 12320);
 static_assert(offsetof(CompletePage, wake) == 64 && offsetof(CompletePage, tail) == 128 &&
               offsetof(CompletePage, sq_head) == 192 && offsetof(CompletePage, sleeping) == 256 &&
               offsetof(CompletePage, failed) == 320 && offsetof(CompletePage, failure) == 324 &&
@@ -32,7 +32,7 @@ static_assert(offsetof(CompletePage, wake) == 64 && offsetof(CompletePage, tail)
               offsetof(CompletePage, grad_norm) == 26496 &&
               offsetof(CompletePage, skipped) == 26504 &&
               offsetof(CompletePage, loss_scale) == 26512);
-static_assert(kFormatVersion == 3);
+static_assert(kFormatVersion == 4);
 
 SubmitEntry Gather(uint64_t cookie) {
   SubmitEntry entry{};

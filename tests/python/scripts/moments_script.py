@@ -13,7 +13,11 @@ from torch import nn
 
 options = {"stage": 3, "folder": ""} | json.loads(sys.argv[1])
 config = {
-    "zero_optimization": {"stage": options["stage"], "stage3_param_persistence_threshold": 0},
+    "zero_optimization": {
+        "stage": options["stage"],
+        "stage3_param_persistence_threshold": 0,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
     "gradient_accumulation_steps": 2,
     "gradient_clipping": 1.0,
     "train_micro_batch_size_per_gpu": 4,
