@@ -82,6 +82,15 @@ void CheckPrecision(ParseState* state) {
   }
 }
 
+void CheckForms(ParseState* state) {
+  const Config& config = state->parsed.config;
+  if (config.bf16 && config.bf16_options.optimizer_states &&
+      !config.bf16_options.master_weights_and_grads) {
+    state->problems.Add("bf16.bf16_optimizer_states",
+                        "true needs bf16.bf16_master_weights_and_grads true");
+  }
+}
+
 void CheckNvmePath(absl::string_view block, const std::string& device,
                    const std::optional<std::string>& nvme_path, ParseState* state) {
   const std::string path = absl::StrCat(block, ".nvme_path");
@@ -324,6 +333,7 @@ void CheckRules(ParseState* state) {
   Config& config = state->parsed.config;
   if (config.gradient_clipping < 0) config.gradient_clipping = 0;
   CheckPrecision(state);
+  CheckForms(state);
   CheckOffload(state);
   CheckZeroPlusPlus(state);
   ResolveOptimizer(state);

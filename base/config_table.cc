@@ -72,10 +72,13 @@ void AppendBf16Keys(std::vector<ConfigKey>* keys) {
        .note = "a step whose gradients are not finite is skipped; at stage 3 always, as in "
                "DeepSpeed",
        .slot = SLOT(bf16_options.check_grad_overflow), .gate = Bf16Gate()},
-      {.path = "bf16.bf16_master_weights_and_grads", .served = Served::kNotYet,
-       .note = "the master copy is fp32", .slot = SLOT(bf16_options.master_weights_and_grads),
-       .gate = Bf16Gate()},
-      {.path = "bf16.bf16_optimizer_states", .served = Served::kNotYet, .note = "moments are fp32",
+      {.path = "bf16.bf16_master_weights_and_grads",
+       .note = "there is no fp32 master: the bfloat16 weights are updated and rounded. Gradients "
+               "are summed in fp32 all the same. Not with Lamb and Muon",
+       .slot = SLOT(bf16_options.master_weights_and_grads), .gate = Bf16Gate()},
+      {.path = "bf16.bf16_optimizer_states",
+       .note = "the optimizer's state is kept in bfloat16; needs bf16_master_weights_and_grads. "
+               "Not with Lamb and Muon",
        .slot = SLOT(bf16_options.optimizer_states), .gate = Bf16Gate()},
   };
   keys->insert(keys->end(), bf16.begin(), bf16.end());
@@ -109,8 +112,10 @@ void AppendFp16Keys(std::vector<ConfigKey>* keys) {
       {.path = "fp16.min_loss_scale",
        .note = "an overflow there fails step() on every rank, but at stage 0",
        .slot = SLOT(fp16.min_loss_scale), .min = 1, .max = kCountMax, .gate = DynamicScaleGate()},
-      {.path = "fp16.fp16_master_weights_and_grads", .served = Served::kNotYet,
-       .note = "the master copy is fp32", .slot = SLOT(fp16.master_weights_and_grads),
+      {.path = "fp16.fp16_master_weights_and_grads",
+       .note = "there is no fp32 master: the float16 weights are updated and rounded. Gradients are "
+               "summed in fp32 all the same. Not with Lamb and Muon",
+       .slot = SLOT(fp16.master_weights_and_grads),
        .gate = Fp16Gate()},
   };
   keys->insert(keys->end(), fp16.begin(), fp16.end());

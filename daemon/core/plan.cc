@@ -128,8 +128,9 @@ void PlanState(const Config& config, const Layout& layout, uint32_t members, Mem
   uint64_t masters = 0;
   uint64_t copied = 0;
   for (UnitIndex u = 0; u < layout.units().size(); ++u) {
-    masters += MasterRange(layout, partition, stage, u, self).size();
-    copied += CopyRange(layout, partition, stage, plan->window.resident[u], u, self).size();
+    masters += MasterRange(layout, partition, plan->form, stage, u, self).size();
+    copied += CopyRange(layout, partition, plan->form, stage, plan->window.resident[u], u, self)
+                  .size();
   }
   const uint64_t trainable_shard = partition.TrainableShardElements(self);
   MemoryPlan& m = plan->memory;
@@ -149,7 +150,7 @@ void PlanState(const Config& config, const Layout& layout, uint32_t members, Mem
     m.gradients = PageUp(4 * (stage <= 1 ? layout.trainable_elements() : trainable_shard));
   }
   m.moments = layout.state_tensors() *
-              PageUp(4 * (stage == 0 ? layout.trainable_elements() : trainable_shard));
+              PageUp(plan->form.state_bytes * (stage == 0 ? layout.trainable_elements() : trainable_shard));
 }
 
 // An update and what kernels/cpu/muon.h needs to make it orthogonal, which the engine compares.
@@ -223,6 +224,21 @@ void PlanGradients(const Config& config, const Layout& layout, uint32_t local_wo
   m.client_gradients = plan->gradient_file_bytes * local_world;
 }
 
+absl::Status CheckForm(const Layout& layout, const StateForm& form) {
+  if (form.masters && form.state_bytes == 4) return absl::OkStatus();
+  for (const Parameter& p : layout.parameters()) {
+    if (!p.trainable) continue;
+    const OptimizerKind kind = layout.optimizer(p.group);
+    if (ByTensor(kind) || ByMatrix(kind)) {
+      return absl::UnimplementedError(absl::StrCat(
+          "master weights and optimizer states in 16 bits are not served for Lamb and Muon, which "
+          "parameter '", p.name, "' has: leave out bf16_master_weights_and_grads, "
+          "bf16_optimizer_states, fp16_master_weights_and_grads and fp32_optimizer_states"));
+    }
+  }
+  return absl::OkStatus();
+}
+
 std::string Describe(const Config& config, const Layout& layout, uint32_t members,
                      uint32_t local_world, const JobPlan& plan) {
   std::string text = absl::StrFormat(
@@ -270,20 +286,33 @@ uint64_t PieceElements(const Layout& layout, uint32_t members, uint64_t bucket_e
   return std::min({uint64_t{1} << 20, fitting / kStep * kStep, wanted, RoundUp(largest, kStep)});
 }
 
-Range MasterRange(const Layout& layout, const Partition& partition, uint32_t stage, UnitIndex u,
-                  MemberIndex self) {
+StateForm FormOf(const Config& config, DType dtype) {
+  StateForm form;
+  if (dtype == DType::kFloat32) return form;
+  form.masters = !(dtype == DType::kBFloat16 ? config.bf16_options.master_weights_and_grads
+                                             : config.fp16.master_weights_and_grads);
+  const bool narrow = (dtype == DType::kBFloat16 && config.bf16_options.optimizer_states) ||
+                      !config.optimizer.fp32_optimizer_states;
+  form.state_bytes = narrow ? 2 : 4;
+  return form;
+}
+
+Range MasterRange(const Layout& layout, const Partition& partition, const StateForm& form,
+                  uint32_t stage, UnitIndex u, MemberIndex self) {
+  if (!form.masters) return {0, 0};
   const Unit& unit = layout.units()[u];
   const Range all{0, layout.dtype() == DType::kFloat32 ? unit.elements : unit.trainable_elements};
   const bool full = stage == 0 || partition.members() == 1;
   return full ? all : Intersect(partition.Shard(u, self), all);
 }
 
-Range CopyRange(const Layout& layout, const Partition& partition, uint32_t stage, bool resident,
-                UnitIndex u, MemberIndex self) {
+Range CopyRange(const Layout& layout, const Partition& partition, const StateForm& form,
+                uint32_t stage, bool resident, UnitIndex u, MemberIndex self) {
   if (layout.dtype() == DType::kFloat32 || stage < 3) return {0, 0};
   if (partition.members() > 1) return partition.Shard(u, self);
   const Unit& unit = layout.units()[u];
-  return resident ? Range{0, 0} : Range{unit.trainable_elements, unit.elements};
+  if (resident) return {0, 0};
+  return {form.masters ? unit.trainable_elements : 0, unit.elements};
 }
 
 DType WireType(const Config& config, DType parameters) {
@@ -301,6 +330,8 @@ absl::StatusOr<JobPlan> PlanJob(const Config& config, const Layout& layout, uint
         "zerod.master_remainder is not served yet: remove it from the configuration");
   }
   JobPlan plan;
+  plan.form = FormOf(config, layout.dtype());
+  RETURN_IF_ERROR(CheckForm(layout, plan.form));
   ASSIGN_OR_RETURN(plan.window, PlanWindow(config, layout, members));
   PlanState(config, layout, members, self, &plan);
   PlanMatrices(config, layout, members, self, &plan);

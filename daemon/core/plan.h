@@ -22,7 +22,7 @@ namespace zerod::core {
 //   copies      16-bit jobs: stage 0-2 the full window copy; stage 3 what CopyRange says
 //   gradients   reduced gradients: full at stages 0 and 1, shard at 2 and 3; none with one member
 //               (the optimizer reads the clients' gradients, or the accumulator)
-//   moments     Layout::state_tensors (Adam: exp_avg, exp_avg_sq): full at stage 0, shard at 1-3
+//   moments     state_bytes for each element of Layout::state_tensors (Adam: exp_avg, exp_avg_sq): full at stage 0, shard at 1-3
 //   window      stage 3: chunks of gathered copies. With one member and room for all of them in
 //               fp32 the window is the master copy: counted as parameters
 //   accumulator node_sum: the node's sum of its clients' gradients
@@ -49,10 +49,18 @@ struct MemoryPlan {
   std::vector<std::pair<std::string, uint64_t>> Named() const;
 };
 
+// What is kept of what is trained. In an fp32 job: this.
+struct StateForm {
+  bool masters = true;       // fp32 master weights; false: the 16-bit copies are what is updated
+  uint32_t state_bytes = 4;  // of each element of the optimizer's state; 2: in the layout's type
+};
+StateForm FormOf(const Config& config, DType dtype);
+
 struct JobPlan {
   WindowSpec window;
   bool master_in_window = false;  // fp32 and every unit has a full, up-to-date copy in the window:
                                   // stages 0-2, or one member where everything fits
+  StateForm form;
   bool node_sum = false;
   uint64_t gradient_file_bytes = 0;         // each client's
   std::vector<uint64_t> gradient_offsets;   // per unit, per_rank plan, bytes
@@ -97,12 +105,12 @@ DType WireType(const Config& config, DType parameters);
 // Elements of unit `u` of which member `self` keeps fp32 master weights, where they are not the
 // window itself: all at stage 0 and with one member, else its shard; in a 16-bit job none that are
 // not trained, which nothing rounds: their 16-bit values are all there is.
-Range MasterRange(const Layout& layout, const Partition& partition, uint32_t stage, UnitIndex u,
-                  MemberIndex self);
+Range MasterRange(const Layout& layout, const Partition& partition, const StateForm& form,
+                  uint32_t stage, UnitIndex u, MemberIndex self);
 // Those of which it keeps 16-bit copies beside the window, to send from or to fill it again: at
 // stage 3 its shard; with one member what has no master, where the unit may be evicted.
-Range CopyRange(const Layout& layout, const Partition& partition, uint32_t stage, bool resident,
-                UnitIndex u, MemberIndex self);
+Range CopyRange(const Layout& layout, const Partition& partition, const StateForm& form,
+                uint32_t stage, bool resident, UnitIndex u, MemberIndex self);
 
 // `available_bytes`: what the node can give, for choosing the gradient plan. FAILED_PRECONDITION
 // or RESOURCE_EXHAUSTED with the value that works where the window cannot.

@@ -18,20 +18,26 @@ using core::Range;
 constexpr uint64_t kZeroElements = 16 * 1024;
 const float kZeros[kZeroElements] = {};
 
+// At a time, of what is kept in 16 bits.
+constexpr uint64_t kNarrowElements = 4 * 1024;
+
 // One parameter's part of one step; by tensor, of its second pass.
 class ParameterUpdate {
  public:
-  ParameterUpdate(const ShardStore* store, core::UnitIndex unit, core::OptimizerKind kind,
+  ParameterUpdate(const ShardStore* store, core::DType dtype, core::UnitIndex unit,
+                  core::OptimizerKind kind,
                   const core::ApplyPlan& plan, uint32_t parameter, uint32_t group_index,
                   const absl::InlinedVector<Source, 4>* sources)
-      : store_(*store), unit_(unit), state_tensors_(core::StateTensors(kind)), sources_(*sources),
+      : store_(*store), dtype_(dtype), unit_(unit), state_tensors_(core::StateTensors(kind)), sources_(*sources),
         rule_(kind, plan.decision.hyper.groups[group_index], plan.parameter_steps[parameter],
               plan.decision.grad_scale,
               core::ByTensor(kind) ? plan.squares[parameter] : core::TensorSquares{}) {}
 
   // `p` and `copy` are of the first element of `range`.
   void Run(Range range, float* p, kernels::Copy copy) const {
-    const uint64_t step = sources_.empty() ? kZeroElements : range.size();
+    const bool narrow = store_.narrow_states() && state_tensors_ > 0;
+    const uint64_t step =
+        narrow ? kNarrowElements : sources_.empty() ? kZeroElements : range.size();
     for (uint64_t begin = range.begin; begin < range.end; begin += step) {
       const uint64_t done = begin - range.begin;
       absl::InlinedVector<const float*, 8> gradients;
@@ -39,6 +45,10 @@ class ParameterUpdate {
       if (gradients.empty()) gradients.push_back(kZeros);
       Elements elements{gradients.data(), gradients.size(), p + done, {}, copy.At(done),
                         std::min(step, range.end - begin)};
+      if (narrow) {
+        RunNarrow(&elements, begin);
+        continue;
+      }
       for (uint32_t i = 0; i < state_tensors_; ++i) {
         elements.states[i] = store_.moment(static_cast<int>(i), unit_, begin);
       }
@@ -47,7 +57,23 @@ class ParameterUpdate {
   }
 
  private:
+  // In fp32 while they are computed, which stays in a cache.
+  void RunNarrow(Elements* elements, uint64_t begin) const {
+    alignas(64) thread_local float states[core::kStateTensorsMax][kNarrowElements];
+    for (uint32_t i = 0; i < state_tensors_; ++i) {
+      Widen(dtype_, store_.narrow_moment(static_cast<int>(i), unit_, begin), states[i],
+            elements->n);
+      elements->states[i] = states[i];
+    }
+    rule_.Run(*elements);
+    for (uint32_t i = 0; i < state_tensors_; ++i) {
+      Narrow(dtype_, states[i], store_.narrow_moment(static_cast<int>(i), unit_, begin),
+             elements->n);
+    }
+  }
+
   const ShardStore& store_;
+  const core::DType dtype_;
   const core::UnitIndex unit_;
   const uint32_t state_tensors_;
   const absl::InlinedVector<Source, 4>& sources_;
@@ -83,6 +109,22 @@ absl::Status CheckApply(const core::Layout& layout, core::UnitIndex unit,
   return absl::OkStatus();
 }
 
+namespace {
+
+// Weights of which there is no master: the 16-bit values at `data` are read, updated and rounded.
+void UpdateInPlace(core::DType dtype, std::byte* data, Range range,
+                   const std::function<void(Range, float*, kernels::Copy)>& update) {
+  alignas(64) thread_local float weights[kNarrowElements];
+  for (uint64_t begin = range.begin; begin < range.end; begin += kNarrowElements) {
+    const Range now{begin, std::min(begin + kNarrowElements, range.end)};
+    std::byte* const place = data + core::DTypeBytes(dtype) * (begin - range.begin);
+    Widen(dtype, place, weights, now.size());
+    update(now, weights, CopyAt(dtype, place));
+  }
+}
+
+}  // namespace
+
 void UpdateWeights(const ApplyTask& task, Range part,
                    const std::function<void(Range, float*, kernels::Copy)>& update) {
   const MoveContext& c = *task.context;
@@ -95,6 +137,13 @@ void UpdateWeights(const ApplyTask& task, Range part,
   if (c.plan->master_in_window) {
     task.copy.ForEach(part, [&](std::byte* data, Range piece) {
       update(piece, reinterpret_cast<float*>(data), nullptr);
+    });
+  } else if (!c.plan->form.masters) {
+    if (void* const copy = store.copy(task.unit, part.begin)) {
+      return UpdateInPlace(dtype, static_cast<std::byte*>(copy), part, update);
+    }
+    task.copy.ForEach(part, [&](std::byte* data, Range piece) {
+      UpdateInPlace(dtype, data, piece, update);
     });
   } else if (to_window && !fp32) {
     task.copy.ForEach(part, [&](std::byte* data, Range piece) {
@@ -116,8 +165,9 @@ void Apply(const ApplyTask& task, Range range) {
     const uint32_t index = unit.parameters[i];
     const core::Parameter& parameter = c.layout->parameters()[index];
     if (!decision.touched[index] || c.layout->IsByMatrix(parameter)) return;
-    const ParameterUpdate update(c.store, task.unit, c.layout->optimizer(parameter.group),
-                                 *task.plan, index, parameter.group, &task.sources->of[i]);
+    const ParameterUpdate update(c.store, c.layout->dtype(), task.unit,
+                                 c.layout->optimizer(parameter.group), *task.plan, index,
+                                 parameter.group, &task.sources->of[i]);
     UpdateWeights(task, part, [&](Range piece, float* weights, kernels::Copy copy) {
       update.Run(piece, weights, copy);
     });

@@ -94,6 +94,7 @@ absl::Status JobRunnerImpl::Reserve() {
   options.self = request_.self;
   options.stage = request_.config.zero.stage;
   options.resident = plan_.window.resident;
+  options.form = plan_.form;
   options.master_in_window = plan_.master_in_window;
   options.node_sum = plan_.node_sum;
   ASSIGN_OR_RETURN(store_, ShardStore::Create(options, arena_));

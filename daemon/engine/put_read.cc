@@ -100,8 +100,12 @@ class Put : public Movement {
 
   void Store(Range range, const float* values) const {
     if (kind_ != core::StateKind::kMaster) {
-      memcpy(c_.store->moment(StateTensor(kind_), unit_, range.begin), values,
-             range.size() * sizeof(float));
+      const int which = StateTensor(kind_);
+      if (c_.store->narrow_states()) {
+        return Narrow(c_.layout->dtype(), values,
+                      c_.store->narrow_moment(which, unit_, range.begin), range.size());
+      }
+      memcpy(c_.store->moment(which, unit_, range.begin), values, range.size() * sizeof(float));
       return;
     }
     const Range kept = Intersect(range, c_.store->MasterRange(unit_));
@@ -211,6 +215,9 @@ class Read : public Movement {
   void Load(Range range, float* out) const {
     if (kind_ == core::StateKind::kGradient) {
       SumRange(*c_.layout, *sources_, range, out);
+    } else if (kind_ != core::StateKind::kMaster) {
+      Widen(c_.layout->dtype(), c_.store->narrow_moment(StateTensor(kind_), unit_, range.begin),
+            out, range.size());
     } else if (c_.plan->master_in_window) {
       copy_.Load(range, out);
     } else {
@@ -238,6 +245,7 @@ class Read : public Movement {
   float* Direct(Range range) const {
     if (kind_ == core::StateKind::kGradient) return nullptr;
     if (kind_ != core::StateKind::kMaster) {
+      if (c_.store->narrow_states()) return nullptr;
       return c_.store->moment(StateTensor(kind_), unit_, range.begin);
     }
     if (!c_.plan->master_in_window) {

@@ -33,14 +33,16 @@ absl::StatusOr<std::unique_ptr<ShardStore>> ShardStore::Create(const Options& op
   const core::Partition& partition = *options.partition;
   const bool several = partition.members() > 1;
   store->full_ = options.stage == 0 || !several;
+  store->narrow_states_ = options.form.state_bytes == 2;
   const bool full_gradients = options.stage <= 1;
   for (UnitIndex u = 0; u < layout.units().size(); ++u) {
     const core::Unit& unit = layout.units()[u];
     const Range trainable{0, unit.trainable_elements};
     const Range trainable_shard = partition.TrainableShard(u, options.self);
-    store->master_.Keep(core::MasterRange(layout, partition, options.stage, u, options.self));
-    store->copies_.Keep(core::CopyRange(layout, partition, options.stage, options.resident[u], u,
-                                        options.self));
+    store->master_.Keep(core::MasterRange(layout, partition, options.form, options.stage, u,
+                                          options.self));
+    store->copies_.Keep(core::CopyRange(layout, partition, options.form, options.stage,
+                                        options.resident[u], u, options.self));
     for (Array& moment : store->moments_) moment.Keep(store->full_ ? trainable : trainable_shard);
     store->gradients_.Keep(full_gradients ? trainable : trainable_shard);
     store->accumulator_.Keep(trainable);
@@ -52,7 +54,8 @@ absl::StatusOr<std::unique_ptr<ShardStore>> ShardStore::Create(const Options& op
   RETURN_IF_ERROR(store->copies_.Allocate(arena, "16-bit copies" + of_job, 2));
   const char* const names[core::kStateTensorsMax] = {"exp_avg", "exp_avg_sq", "third state"};
   for (uint32_t i = 0; i < layout.state_tensors(); ++i) {
-    RETURN_IF_ERROR(store->moments_[i].Allocate(arena, names[i] + of_job, 4));
+    RETURN_IF_ERROR(
+        store->moments_[i].Allocate(arena, names[i] + of_job, options.form.state_bytes));
   }
   if (several) RETURN_IF_ERROR(store->gradients_.Allocate(arena, "gradients" + of_job, 4));
   if (options.node_sum) {
@@ -64,8 +67,7 @@ absl::StatusOr<std::unique_ptr<ShardStore>> ShardStore::Create(const Options& op
 void* ShardStore::copy(UnitIndex u, uint64_t element) const {
   const Range kept = copies_.ranges[u];
   if (element < kept.begin || element >= kept.end) return nullptr;
-  return reinterpret_cast<uint16_t*>(copies_.region.data()) + copies_.offsets[u] +
-         (element - copies_.ranges[u].begin);
+  return copies_.At<uint16_t>(u, element);
 }
 
 }  // namespace zerod::engine

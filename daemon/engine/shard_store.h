@@ -8,7 +8,7 @@
 //   master       fp32     core::MasterRange; not here at all where the window is the master copy
 //                         (JobPlan::master_in_window)
 //   copies       16 bits  of the layout's type: core::CopyRange
-//   moments      fp32     Layout::state_tensors of them; full at stage 0 and with one member, else
+//   moments      fp32 or the layout's 16 bits (StateForm): Layout::state_tensors of them; full at stage 0 and with one member, else
 //                         shard; trainable elements
 //   gradients    fp32     full at stages 0 and 1, else shard; trainable; several members only
 //   accumulator  fp32     full, trainable; node_sum only
@@ -34,6 +34,7 @@ class ShardStore {
     core::MemberIndex self = 0;
     uint32_t stage = 0;
     std::vector<bool> resident;  // per unit: WindowSpec's
+    core::StateForm form;
     bool master_in_window = false;
     bool node_sum = false;
   };
@@ -53,8 +54,13 @@ class ShardStore {
   // allowed where nothing is read). For a copy it is asked: null outside of the range too.
   float* master(core::UnitIndex u, uint64_t element) const { return master_.At(u, element); }
   void* copy(core::UnitIndex u, uint64_t element) const;
+  // Of the layout's type, and `narrow_moment` where they are, else fp32 and `moment`.
+  bool narrow_states() const { return narrow_states_; }
   float* moment(int which, core::UnitIndex u, uint64_t element) const {
     return moments_[which].At(u, element);
+  }
+  uint16_t* narrow_moment(int which, core::UnitIndex u, uint64_t element) const {
+    return moments_[which].At<uint16_t>(u, element);
   }
   float* gradient(core::UnitIndex u, uint64_t element) const { return gradients_.At(u, element); }
   float* accumulator(core::UnitIndex u, uint64_t element) const {
@@ -77,9 +83,10 @@ class ShardStore {
     arena::Region region;
     std::vector<core::Range> ranges;   // per unit: elements kept
     std::vector<uint64_t> offsets;     // per unit: of ranges[u].begin, in elements
-    float* At(core::UnitIndex u, uint64_t element) const {
+    template <typename T = float>
+    T* At(core::UnitIndex u, uint64_t element) const {
       if (!region) return nullptr;
-      return reinterpret_cast<float*>(region.data()) + offsets[u] + (element - ranges[u].begin);
+      return reinterpret_cast<T*>(region.data()) + offsets[u] + (element - ranges[u].begin);
     }
     absl::Status Allocate(arena::Arena* arena, const std::string& name, uint64_t element_bytes);
     void Keep(core::Range range);
@@ -87,6 +94,7 @@ class ShardStore {
   };
 
   bool full_ = false;
+  bool narrow_states_ = false;
   Array master_;
   Array copies_;
   Array moments_[core::kStateTensorsMax];

@@ -69,6 +69,10 @@ const struct {
     {R"("wandb": {"enabled": true, "team": null})", R"("team":null)", ""},
     {R"("communication_data_type": null)", R"("communication_data_type":null)", ""},
     {R"("gradient_allreduce_op": "mean")", R"("gradient_allreduce_op":"mean")", ""},
+    {R"("fp16": {"enabled": true, "fp16_master_weights_and_grads": true})",
+     R"("fp16_master_weights_and_grads":true)", ""},
+    {R"("bf16": {"enabled": true, "bf16_master_weights_and_grads": true,
+                  "bf16_optimizer_states": true})", R"("bf16_optimizer_states":true)", ""},
     {R"("fp16": {"enabled": true})", R"("enabled":true,"fp16_master_weights_and_grads":false)", ""},
     {R"("fp16": {"enabled": true, "loss_scale": 128, "auto_cast": true})", R"("loss_scale":128.0)",
      ""},
@@ -255,14 +259,13 @@ const struct {
   const char* says;
 } kRefused[] = {
     // Not served yet.
-    {R"("fp16": {"enabled": true, "fp16_master_weights_and_grads": true})",
-     "true is not served yet: the master copy is fp32"},
     {R"("zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2})",
      "zero_hpz_partition_size: 2 is not served yet: ZeRO++ comes later"},
     {R"("zero_optimization": {"stage": 3, "zero_quantized_weights": true})", "ZeRO++ comes later"},
     {R"("zero_optimization": {"stage": 3, "zero_quantized_gradients": true})", "ZeRO++ comes"},
     {R"("zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": 1})", "ZeRO++"},
-    {R"("bf16": {"enabled": true, "bf16_optimizer_states": true})", "true is not served yet"},
+    {R"("bf16": {"enabled": true, "bf16_optimizer_states": true})",
+     "bf16_optimizer_states: true needs bf16.bf16_master_weights_and_grads true"},
     {R"("steps_per_print": 0)", "steps_per_print: 0 is not allowed"},
     {R"("vocabulary_size": Infinity)", "vocabulary_size: Infinity is not allowed"},
     {R"("log_level": "loud")", R"(log_level: "loud" is not allowed; it must be "debug" or "info")"},

@@ -52,15 +52,16 @@ Workload DefaultWorkload() {
 }
 
 Reference::Reference(const core::Layout* layout, uint32_t members, uint32_t local_world,
-                     bool node_sum)
-    : layout_(layout),
+                     bool node_sum, const core::StateForm& form)
+    : form_(form),
+      layout_(layout),
       partition_(*layout, members),
       members_(members),
       local_world_(local_world),
       node_sum_(node_sum) {
   for (UnitIndex u = 0; u < layout_->units().size(); ++u) {
     master_.push_back(InitialValues(*layout_, u));
-    const uint64_t trainable = layout_->units()[u].trainable_elements;
+    const uint64_t trainable = form_.masters ? layout_->units()[u].trainable_elements : 0;
     for (uint64_t i = trainable; i < master_.back().size(); ++i) {  // these have no master
       master_.back()[i] = Rounded(master_.back()[i]);
     }
@@ -173,6 +174,7 @@ void Reference::Step(const Workload& workload) {
   for (uint32_t i = 0; i < sums.size(); ++i) {
     if (!touched[i]) continue;
     Update(layout_->parameters()[i], hyper, ++parameter_steps_[i], scale, sums[i].data());
+    Keep(layout_->parameters()[i]);
   }
   ++step_;
 }
@@ -213,6 +215,17 @@ void Reference::Update(const core::Parameter& p, const core::HyperParameters& hy
     default:
       return UpdateAdaptively(p, g, t, scale, gradient);
   }
+}
+
+void Reference::Keep(const core::Parameter& p) {
+  const auto round = [&](std::vector<float>* values) {
+    for (uint64_t i = 0; i < p.elements; ++i) {
+      (*values)[p.offset + i] = Rounded((*values)[p.offset + i]);
+    }
+  };
+  if (!form_.masters) round(&master_[p.unit]);
+  if (form_.state_bytes == 4) return;
+  for (auto& moments : moments_) round(&moments[p.unit]);
 }
 
 void Reference::UpdateAdaptively(const core::Parameter& p, const core::Group& g, uint64_t t,

@@ -28,7 +28,8 @@ Workload DefaultWorkload();
 
 class Reference {
  public:
-  Reference(const core::Layout* layout, uint32_t members, uint32_t local_world, bool node_sum);
+  Reference(const core::Layout* layout, uint32_t members, uint32_t local_world, bool node_sum,
+            const core::StateForm& form = {});
   void Step(const Workload& workload);
 
   // As a client sees them: rounded to the layout's dtype.
@@ -40,6 +41,8 @@ class Reference {
   double grad_norm() const { return grad_norm_; }
 
  private:
+  // What the form does not keep in fp32 is rounded after each step.
+  void Keep(const core::Parameter& p);
   void Update(const core::Parameter& p, const core::HyperParameters& hyper, uint64_t t,
               double scale, const float* gradient);
   // By the kernels of adaptive.h and asgd_rprop.h.
@@ -49,6 +52,7 @@ class Reference {
                     const float* gradient);
   void UpdateByMuon(const core::Parameter& p, const core::Group& group, double scale,
                     const float* gradient);
+  const core::StateForm form_;
   // To the layout's dtype and back.
   float Rounded(float value) const;
   void Send(core::MemberIndex from, const core::Parameter& p, std::vector<float>* sum) const;

@@ -20,6 +20,11 @@ CASES = {
     "stage_2": {"zero_optimization": {"stage": 2}},
     "stage_3": {"zero_optimization": {"stage": 3}},
     "stage_3_bf16": {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}},
+    "stage_3_bf16_states": {
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": True, "bf16_master_weights_and_grads": True,
+                 "bf16_optimizer_states": True},
+    },
     "stage_2_node_sum": {
         "zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 2,
         "zerod": {"gradient_plan": "node_sum"},

@@ -114,6 +114,14 @@ SKIPS = {
     "fp32": ({"zero_optimization": {"stage": 2}}, True),
     "fp32-stage0": ({"zero_optimization": {"stage": 0}}, False),
 }
+# Without fp32 masters, and with the optimizer's state in 16 bits.
+NARROW = {
+    "bf16-masters": {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+    "bf16-states": {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True,
+                             "bf16_optimizer_states": True}},
+    "fp16-masters": {"fp16": {"enabled": True, "initial_scale_power": 8, "auto_cast": True,
+                              "fp16_master_weights_and_grads": True}},
+}
 # Bytes between two nodes per parameter and step: a gather and a reduction of half of it each way.
 BYTES = {
     "fp32": ({}, 8),
@@ -138,7 +146,7 @@ def all_runs():
                                      "optimizer": (name, params)}
     half = {"full": {}, "bf16": {"bf16": {"enabled": True}},
             "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8, "auto_cast": True}},
-            "autocast": {"torch_autocast": {"enabled": True}}}
+            "autocast": {"torch_autocast": {"enabled": True}}} | NARROW
     for name, section in half.items():
         runs[f"half-{name}"] = {"config": config(optimizer=ADAMW, **section), "steps": 24}
     for name, (keys, bad, scales) in TRACES.items():
@@ -207,6 +215,14 @@ def test_half_precision_is_near_full(name, results):
     assert half["norms"] == pytest.approx(full["norms"], rel=2e-2)
     assert half["skipped"][-1] == 0
     assert half["losses"][-1] < half["losses"][0]
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_weights_that_are_rounded_each_step_still_train(name, results):
+    full, narrow = results[0]["half-full"], results[0][f"half-{name}"]
+    assert narrow["losses"] == pytest.approx(full["losses"], rel=5e-2)
+    assert narrow["losses"] != results[0][f"half-{name.partition('-')[0]}"]["losses"]
+    assert narrow["losses"][-1] < narrow["losses"][0]
 
 
 @pytest.mark.parametrize("name", TRACES)
