@@ -113,8 +113,8 @@ void AppendFp16Keys(std::vector<ConfigKey>* keys) {
        .note = "an overflow there fails step() on every rank, but at stage 0",
        .slot = SLOT(fp16.min_loss_scale), .min = 1, .max = kCountMax, .gate = DynamicScaleGate()},
       {.path = "fp16.fp16_master_weights_and_grads",
-       .note = "there is no fp32 master: the float16 weights are updated and rounded. Gradients are "
-               "summed in fp32 all the same. Not with Lamb and Muon",
+       .note = "there is no fp32 master: the float16 weights are updated and rounded. Gradients "
+               "are summed in fp32 all the same. Not with Lamb and Muon",
        .slot = SLOT(fp16.master_weights_and_grads),
        .gate = Fp16Gate()},
   };

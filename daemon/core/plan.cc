@@ -149,8 +149,8 @@ void PlanState(const Config& config, const Layout& layout, uint32_t members, Mem
   if (members > 1) {
     m.gradients = PageUp(4 * (stage <= 1 ? layout.trainable_elements() : trainable_shard));
   }
-  m.moments = layout.state_tensors() *
-              PageUp(plan->form.state_bytes * (stage == 0 ? layout.trainable_elements() : trainable_shard));
+  const uint64_t with_state = stage == 0 ? layout.trainable_elements() : trainable_shard;
+  m.moments = layout.state_tensors() * PageUp(plan->form.state_bytes * with_state);
 }
 
 // An update and what kernels/cpu/muon.h needs to make it orthogonal, which the engine compares.

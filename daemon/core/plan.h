@@ -22,7 +22,8 @@ namespace zerod::core {
 //   copies      16-bit jobs: stage 0-2 the full window copy; stage 3 what CopyRange says
 //   gradients   reduced gradients: full at stages 0 and 1, shard at 2 and 3; none with one member
 //               (the optimizer reads the clients' gradients, or the accumulator)
-//   moments     state_bytes for each element of Layout::state_tensors (Adam: exp_avg, exp_avg_sq): full at stage 0, shard at 1-3
+//   moments     state_bytes for each element of Layout::state_tensors (Adam: exp_avg, exp_avg_sq):
+//               full at stage 0, shard at 1-3
 //   window      stage 3: chunks of gathered copies. With one member and room for all of them in
 //               fp32 the window is the master copy: counted as parameters
 //   accumulator node_sum: the node's sum of its clients' gradients

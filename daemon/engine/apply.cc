@@ -25,10 +25,11 @@ constexpr uint64_t kNarrowElements = 4 * 1024;
 class ParameterUpdate {
  public:
   ParameterUpdate(const ShardStore* store, core::DType dtype, core::UnitIndex unit,
-                  core::OptimizerKind kind,
-                  const core::ApplyPlan& plan, uint32_t parameter, uint32_t group_index,
+                  core::OptimizerKind kind, const core::ApplyPlan& plan, uint32_t parameter,
+                  uint32_t group_index,
                   const absl::InlinedVector<Source, 4>* sources)
-      : store_(*store), dtype_(dtype), unit_(unit), state_tensors_(core::StateTensors(kind)), sources_(*sources),
+      : store_(*store), dtype_(dtype), unit_(unit), state_tensors_(core::StateTensors(kind)),
+        sources_(*sources),
         rule_(kind, plan.decision.hyper.groups[group_index], plan.parameter_steps[parameter],
               plan.decision.grad_scale,
               core::ByTensor(kind) ? plan.squares[parameter] : core::TensorSquares{}) {}

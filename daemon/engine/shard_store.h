@@ -8,8 +8,9 @@
 //   master       fp32     core::MasterRange; not here at all where the window is the master copy
 //                         (JobPlan::master_in_window)
 //   copies       16 bits  of the layout's type: core::CopyRange
-//   moments      fp32 or the layout's 16 bits (StateForm): Layout::state_tensors of them; full at stage 0 and with one member, else
-//                         shard; trainable elements
+//   moments      fp32 or the layout's 16 bits (StateForm)
+//                         Layout::state_tensors of them, of trainable elements: full at stage 0
+//                         and with one member, else shard
 //   gradients    fp32     full at stages 0 and 1, else shard; trainable; several members only
 //   accumulator  fp32     full, trainable; node_sum only
 #pragma once

@@ -286,7 +286,8 @@ TEST(ConfigTest, RefusedKeys) {
       {R"("aio": {"blok_size": 1})",
        R"(aio.blok_size: is not a known key; the nearest is "block_size", which is not served)"},
       {R"("bf16": {"qqqqqqqq": 1})",
-       "bf16.qqqqqqqq: is not a known key; the keys here are enabled, check_grad_overflow"},
+       "bf16.qqqqqqqq: is not a known key; the keys here are enabled, check_grad_overflow, "
+       "bf16_master_weights_and_grads, bf16_optimizer_states"},
       {R"("optimizer.type": "AdamW")",
        R"("optimizer.type": is not a known key, for a dot does not nest; did you mean )"
        R"({"optimizer": {"type": ...}}?)"},

@@ -87,6 +87,8 @@ TEST_P(Narrow, TrainsAsRoundingLoopsDo) {
 constexpr core::DType kBf16 = core::DType::kBFloat16;
 constexpr core::DType kFp16 = core::DType::kFloat16;
 
+std::string CaseName(const ::testing::TestParamInfo<Case>& info) { return info.param.name; }
+
 INSTANTIATE_TEST_SUITE_P(
     Forms, Narrow,
     ::testing::Values(Case{"Stage0", 0, kBf16, kBoth, 1, 1, false, ""},
@@ -99,7 +101,7 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{"TwoStage2", 2, kFp16, kFp16Masters, 2, 2, true, ""},
                       Case{"TwoStage3", 3, kBf16, kBoth, 2, 1, false, ""},
                       Case{"TwoStage3SmallWindow", 3, kBf16, kBoth, 2, 2, true, kSmallWindow}),
-    [](const ::testing::TestParamInfo<Case>& info) { return info.param.name; });
+    CaseName);
 
 TEST(NarrowPlan, TakesSixBytesPerParameterWhereItTookFourteen) {
   const Case c{"", 2, kBf16, kBoth, 1, 1, false, ""};
