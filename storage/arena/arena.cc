@@ -11,12 +11,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <mutex>
 #include <utility>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "absl/synchronization/mutex.h"
 #include "base/status.h"
 
 #ifndef MFD_NOEXEC_SEAL
@@ -94,15 +93,16 @@ struct Arena::Impl {
       : reserve_bytes(reserve), source(std::move(memory_source)) {}
 
   // `others`: what the rest of the daemon was promised and has not taken.
-  absl::Status AdmitLocked(uint64_t bytes, uint64_t others, absl::string_view what)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex);
+  // The caller holds `mutex`.
+  absl::Status AdmitLocked(uint64_t bytes, uint64_t others, absl::string_view what);
 
   const uint64_t reserve_bytes;
   // Never held while pages are populated: one job's gigabytes would keep another's loop waiting.
-  mutable absl::Mutex mutex;
-  std::unique_ptr<MemorySource> source ABSL_GUARDED_BY(mutex);
+  // Not absl's: Debian's library is not instrumented, so the thread sanitizer would not see it.
+  std::mutex mutex;
+  std::unique_ptr<MemorySource> source;  // guarded by `mutex`
   // Admitted and not populated yet, so that two requests are not admitted for the same memory.
-  uint64_t pending ABSL_GUARDED_BY(mutex) = 0;
+  uint64_t pending = 0;  // guarded by `mutex`
   std::atomic<uint64_t> populated{0};
 };
 
@@ -126,7 +126,7 @@ Arena::Arena(std::unique_ptr<MemorySource> source, uint64_t reserve_bytes)
 Arena::~Arena() = default;
 
 absl::Status Arena::Admit(uint64_t bytes, absl::string_view what) {
-  absl::MutexLock lock(&impl_->mutex);
+  const std::lock_guard<std::mutex> lock(impl_->mutex);
   return impl_->AdmitLocked(bytes, impl_->pending, what);
 }
 
@@ -218,7 +218,7 @@ absl::Status Region::Populate(size_t to_bytes) {
   uint64_t counted = 0;  // of this call, in arena.populated
   while (at < end) {
     {
-      absl::MutexLock lock(&arena.mutex);
+      const std::lock_guard<std::mutex> lock(arena.mutex);
       // Later pieces were promised already, and whoever came since was told so.
       const uint64_t others = at == populated_ ? arena.pending : 0;
       arena.pending -= std::exchange(pending, 0);
@@ -241,7 +241,7 @@ absl::Status Region::Populate(size_t to_bytes) {
     counted += piece;
   }
   if (pending > 0) {
-    absl::MutexLock lock(&arena.mutex);
+    const std::lock_guard<std::mutex> lock(arena.mutex);
     arena.pending -= pending;
   }
   if (!status.ok()) {
