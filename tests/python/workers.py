@@ -285,6 +285,53 @@ def many_jobs(count: int, first: int, config: dict) -> None:
             at_exit.forget(engine)
 
 
+def dying_jobs(count: int, first: int, config: dict) -> list[int]:
+    """One job after the other in a child of its own that dies by a signal at some instant.
+
+    Returns what each died of. Half of them die at a place of the step, half anywhere from before
+    the connection on: their timer's signal is left at its default action.
+    """
+    import random
+    import signal
+
+    import zerod
+
+    def live(i: int) -> None:
+        if i % 2:
+            signal.setitimer(signal.ITIMER_REAL, random.Random(i).uniform(0.001, 0.1))
+        settings = config | {"zerod": {**config["zerod"], "job": f"dying-{i}"}}
+        engine, *_ = zerod.initialize(model=zoo.Stack(), config=settings)
+        fatal = signal.SIGABRT if i % 3 == 0 else signal.SIGKILL
+        places = ("forward", "backward", "between", "stepped")
+        place = places[i // 2 % len(places)] if i % 2 == 0 else "never"
+
+        def die(*_: object) -> None:
+            os.kill(os.getpid(), fatal)
+
+        if place == "forward":
+            engine.module.head.register_forward_hook(die)
+        if place == "backward":
+            engine.module.head.register_full_backward_hook(die)
+        for step in range(10**6):
+            engine.backward(engine(zoo.batch(0, step)).square().mean())
+            if place == "between":
+                die()
+            engine.step()
+            if place == "stepped":
+                die()
+
+    ends = []
+    for i in range(first, first + count):
+        child = os.fork()
+        if child == 0:
+            try:
+                live(i)
+            finally:
+                os._exit(1)
+        ends.append(-os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    return ends
+
+
 def run_script(source: str) -> None:
     exec(compile(source, "script", "exec"), {"__name__": "__main__"})
 
