@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__.partition("\n")[0])
     parser.add_argument("--stage", type=int, default=3, choices=range(4), help="ZeRO stage [3]")
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="[fp32]")
-    parser.add_argument("--steps", type=int, help="optimizer steps [280, with --kill 40]")
+    parser.add_argument("--steps", type=int, help="optimizer steps [400, with --kill 40]")
     parser.add_argument("--seed", type=int, default=1, help="[1]")
     parser.add_argument("--nodes", type=int, default=2, help="daemons [2]")
     parser.add_argument("--ranks-per-node", type=int, default=1, help="[1]")
@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.steps is None:
-        args.steps = 40 if args.kill else 280
+        args.steps = 40 if args.kill else 400
     if args.steps < (4 * (KILLS + 1) if args.kill else 1):
         parser.error("--steps is too small")
     return args
