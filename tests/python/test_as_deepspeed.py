@@ -94,6 +94,64 @@ def test_nothing_is_shadowed_unless_asked():
     }
 
 
+def test_kinds_of_optimizers():
+    """What programs ask an engine's optimizer for its class."""
+    program = """
+import json, torch, deepspeed
+from deepspeed.ops import __compatible_ops__
+from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils.torch import required_torch_version
+
+KINDS = (ZeROOptimizer, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimizer,
+         FP16_Optimizer, FP16_UnfusedOptimizer)
+seen = []
+for stage, precision, kind in ((0, None, "Adam"), (1, "bf16", "Adam"), (2, None, "Adam"),
+                               (3, "fp16", "Adam"), (0, "bf16", "Adam"), (0, "fp16", "Adam"),
+                               (0, "fp16", "Lamb")):
+    engine, optimizer, *_ = deepspeed.initialize(
+        model=torch.nn.Linear(4, 4),
+        config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage},
+                "optimizer": {"type": kind, "params": {"lr": 1e-3}},
+                **({precision: {"enabled": True}} if precision else {})})
+    seen.append([[k.__name__ for k in KINDS if isinstance(optimizer, k)],
+                 optimizer.dynamic_loss_scale])
+    with deepspeed.zero.unwrap_model_for_generation(engine) as whole:
+        assert whole is engine
+    engine.destroy()
+refused = False
+try:
+    BF16_Optimizer([])
+except NotImplementedError:
+    refused = True
+print('RESULT ' + json.dumps({
+    "seen": seen,
+    "refused": refused,
+    "ops": [__compatible_ops__[CPUAdamBuilder.NAME], __compatible_ops__[AsyncIOBuilder.NAME]],
+    "torch": [required_torch_version(min_version=2.0), required_torch_version(max_version="1.9")],
+    "other": [isinstance(torch.optim.SGD([torch.ones(1)], 1.0), k) for k in KINDS],
+}))
+"""
+    found = result(command(sys.executable, "-c", program))
+    zero = "ZeROOptimizer"
+    assert found["seen"] == [
+        [[], False],
+        [[zero, "DeepSpeedZeroOptimizer"], False],
+        [[zero, "DeepSpeedZeroOptimizer"], False],
+        [[zero, "DeepSpeedZeroOptimizer_Stage3"], True],
+        [["BF16_Optimizer"], False],
+        [["FP16_Optimizer"], True],
+        [["FP16_UnfusedOptimizer"], True],
+    ]
+    assert found["refused"] and found["ops"] == [True, False]
+    assert found["torch"] == [True, False] and not any(found["other"])
+
+
 def test_three_ways_in(tmp_path):
     program = "import deepspeed, sys; print('AT', deepspeed.__file__)"
     code, path = command("--path")

@@ -74,6 +74,11 @@ class Optimizer(torch.optim.Optimizer):
         """DeepSpeed's other name of `loss_scale`."""
         return self.loss_scale
 
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        """Whether `loss_scale` moves by itself: fp16 without a scale in the configuration."""
+        return self._the_engine().dynamic_loss_scale()
+
     def mark_stepped(self) -> None:
         """torch's schedulers warn where they are stepped before their optimizer; theirs may be the
         one whose place this one has taken."""

@@ -159,3 +159,8 @@ _accelerator = CpuAccelerator()
 
 def get_accelerator() -> CpuAccelerator:
     return _accelerator
+
+
+def is_current_accelerator_supported() -> bool:
+    """Whether there is an accelerator that the programs of this machine can use: its CPUs."""
+    return True

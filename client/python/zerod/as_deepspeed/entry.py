@@ -4,8 +4,8 @@
 import argparse
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from zerod.as_deepspeed.face import ABOUT
 from zerod.engine import Engine
 from zerod.initialization import initialize as zerod_initialize
 from zerod.launch import Launch
+from zerod.zero import GatheredParameters
 
 log = logging.getLogger("zerod")
 
@@ -147,6 +148,32 @@ def log_dist(message: str, ranks: list[int] | None = None, level: int = logging.
     rank = dist.get_rank() if dist.is_initialized() else Launch.from_environment().rank
     if not ranks or -1 in ranks or rank in ranks:
         log.log(level, "[Rank %d] %s", rank, message)
+
+
+def set_log_level_from_string(level: str, custom_logger: logging.Logger | None = None) -> None:
+    """`level`: debug, info, warning, error or critical."""
+    levels = logging.getLevelNamesMapping()
+    if level.upper() not in levels:
+        raise ValueError(f"{level} is not one of the log levels {', '.join(levels).lower()}")
+    (custom_logger or log).setLevel(levels[level.upper()])
+
+
+def required_torch_version(
+    min_version: float | str | None = None, max_version: float | str | None = None
+) -> bool:
+    """Whether torch is no older than the one and no newer than the other, as "2.1" or 2.1."""
+    assert min_version or max_version, "min_version or max_version is needed"
+    have = torch.__version__
+    return not (min_version and have < str(min_version)) and not (
+        max_version and have > str(max_version)
+    )
+
+
+@contextmanager
+def unwrap_model_for_generation(model: Any) -> Iterator[Any]:
+    """`model` with all its weights gathered once, for a generate() of many forward passes."""
+    with GatheredParameters(list(model.parameters())):
+        yield model
 
 
 def clone_tensors_for_torch_save(

@@ -4,6 +4,7 @@
 from zerod.as_deepspeed import face
 
 __version__ = version = "0.19.8+zerod"
+__git_hash__ = __git_branch__ = "zerod"
 __version_major__, __version_minor__, __version_patch__ = 0, 19, 8
 
 _EXPORTS = {
@@ -26,6 +27,7 @@ _SUBMODULES = (
     "accelerator",
     "checkpoint",
     "comm",
+    "git_version_info",
     "launcher",
     "moe",
     "ops",

@@ -3,8 +3,6 @@
 
 from zerod.as_deepspeed import face
 
-# DeepSpeed compiles its kernels on the user's machine; the daemon has its own.
-__compatible_ops__: dict[str, bool] = {}
-
+_EXPORTS = {"__compatible_ops__": "zerod.as_deepspeed.builders:COMPATIBLE"}
 _SUBMODULES = ("adagrad", "adam", "aio", "lamb", "lion", "op_builder")
-__getattr__, __dir__ = face.names(__name__, submodules=_SUBMODULES)
+__getattr__, __dir__ = face.names(__name__, _EXPORTS, submodules=_SUBMODULES)

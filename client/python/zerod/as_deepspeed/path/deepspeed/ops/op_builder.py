@@ -3,9 +3,17 @@
 
 from zerod.as_deepspeed import face
 
-_EXPORTS = {"AsyncIOBuilder": "deepspeed.ops.aio:AsyncIOBuilder"}
-_NEVER = {
-    name: "the building of DeepSpeed's extensions"
-    for name in ("CPUAdamBuilder", "FusedAdamBuilder", "CPULionBuilder", "CPUAdagradBuilder")
+_BUILDERS = (
+    "OpBuilder",
+    "CPUAdamBuilder",
+    "CPUAdagradBuilder",
+    "CPULionBuilder",
+    "FusedAdamBuilder",
+    "FusedLambBuilder",
+    "FusedLionBuilder",
+)
+_EXPORTS = {
+    "AsyncIOBuilder": "deepspeed.ops.aio:AsyncIOBuilder",
+    **{name: f"zerod.as_deepspeed.builders:{name}" for name in _BUILDERS},
 }
-__getattr__, __dir__ = face.names(__name__, _EXPORTS, never=_NEVER)
+__getattr__, __dir__ = face.names(__name__, _EXPORTS)

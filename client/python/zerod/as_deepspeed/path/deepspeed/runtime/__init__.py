@@ -5,9 +5,12 @@ from zerod.as_deepspeed import face
 
 _SUBMODULES = (
     "activation_checkpointing",
+    "base_optimizer",
+    "bf16_optimizer",
     "config",
     "dataloader",
     "engine",
+    "fp16",
     "lr_schedules",
     "sequence_parallel",
     "utils",

@@ -17,13 +17,14 @@ _EXPORTS = {
     "safe_set_full_fp32_param": "zerod.fragments:safe_set_full_fp32_param",
     "safe_set_full_optimizer_state": "zerod.fragments:safe_set_full_optimizer_state",
     "logger": "zerod.as_deepspeed.entry:log",
+    "set_log_level_from_string": "zerod.as_deepspeed.entry:set_log_level_from_string",
     "log_dist": "zerod.as_deepspeed.entry:log_dist",
     "OnDevice": "zerod.as_deepspeed.entry:OnDevice",
     "RepeatingLoader": "zerod.as_deepspeed.entry:RepeatingLoader",
     "see_memory_usage": "zerod.as_deepspeed.accelerator:see_memory_usage",
     "instrument_w_nvtx": "zerod.as_deepspeed.entry:instrument_w_nvtx",
 }
-_SUBMODULES = ("groups", "logging", "tensor_fragment", "zero_to_fp32")
+_SUBMODULES = ("groups", "logging", "tensor_fragment", "torch", "zero_to_fp32")
 _SLICE = "access to a rank's own slice: no rank has one"
 _GRADIENT = "setting gradients: they are the daemon's as soon as they are made"
 _NEVER = {

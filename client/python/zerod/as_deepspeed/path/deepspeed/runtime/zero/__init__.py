@@ -9,8 +9,18 @@ _EXPORTS = {
     "register_external_parameter": "zerod.zero:register_external_parameter",
     "unregister_external_parameter": "zerod.zero:unregister_external_parameter",
     "ZeroParamStatus": "zerod.zero:ZeroParamStatus",
+    "unwrap_model_for_generation": "zerod.as_deepspeed.entry:unwrap_model_for_generation",
 }
-_SUBMODULES = ("config", "offload_config", "partition_parameters")
+_SUBMODULES = (
+    "config",
+    "linear",
+    "offload_config",
+    "partition_parameters",
+    "stage3",
+    "stage_1_and_2",
+    "tiling",
+    "utils",
+)
 _NEVER = {
     "TiledLinear": "tiled layers: parameters need not be split to be gathered",
     "ZeRoTraceMode": "DeepSpeed's trace: the daemon keeps its own",
