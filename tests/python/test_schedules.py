@@ -89,7 +89,10 @@ def test_rates_by_parameter_group(fake):
 def test_one_cycle_moves_the_betas(fake):
     params = {"cycle_min_lr": 0.1, "cycle_max_lr": 1, "cycle_first_step_size": 4,
               "cycle_min_mom": [0.7, 0.8]}
-    seen = train(start({"type": "OneCycle", "params": params}, two_groups), 6)
+    engine = start({"type": "OneCycle", "params": params}, two_groups)
+    # What the schedule says is the cycle's beginning, what the first step takes is the minimum.
+    assert engine.lr_scheduler.get_mom() == [(0.9, 0.99), (0.9, 0.99)]
+    seen = train(engine, 6)
     assert [groups[0][1] for groups in seen] == pytest.approx([0.7, 0.85, 0.8, 0.75, 0.7, 0.75])
     assert [groups[1][1] for groups in seen] == pytest.approx([0.8, 0.875, 0.85, 0.825, 0.8, 0.825])
     assert {groups[0][2] for groups in seen} == {0.99}

@@ -23,7 +23,8 @@ class Launch:
 
     @staticmethod
     def from_environment(environment: Mapping[str, str] = os.environ) -> "Launch":
-        """Reads torchrun's variables; without them this is a job of one process.
+        """Reads the variables of torchrun or of DeepSpeed's launcher; without them this is a job of
+        one process.
 
         ValueError where they are incomplete or contradict each other.
         """
@@ -36,7 +37,9 @@ class Launch:
             local_rank, local_world = 0, 1
         else:
             local_rank = _number(environment, "LOCAL_RANK")
-            local_world = _number(environment, "LOCAL_WORLD_SIZE")
+            # The second is what DeepSpeed's own launcher calls it.
+            deepspeed = "LOCAL_WORLD_SIZE" not in environment and "LOCAL_SIZE" in environment
+            local_world = _number(environment, "LOCAL_SIZE" if deepspeed else "LOCAL_WORLD_SIZE")
         if world < 1 or local_world < 1 or world % local_world != 0:
             raise ValueError(
                 f"WORLD_SIZE={world} is not a multiple of LOCAL_WORLD_SIZE={local_world}: "

@@ -301,14 +301,15 @@ class OneCycle(Schedule):
     def get_mom(self) -> list[tuple[float, float]] | None:
         if not self.cycle_momentum:
             return None
-        # The first optimizer step runs at the smallest momentum, as DeepSpeed's.
-        first = self.last_batch_iteration == -1
-        values = self.min_moms if first else self.momentums_at(self.last_batch_iteration)
-        return [(value, self.BETA2) for value in values]
+        return [(value, self.BETA2) for value in self.momentums_at(self.last_batch_iteration)]
 
     def _apply(self) -> None:
         super()._apply()
-        for group, betas in zip(self.optimizer.param_groups, self.get_mom() or []):
+        moms = self.get_mom() or []
+        if moms and self.last_batch_iteration == -1:
+            # The first optimizer step runs at the smallest momentum, as DeepSpeed's.
+            moms = [(value, self.BETA2) for value in self.min_moms]
+        for group, betas in zip(self.optimizer.param_groups, moms):
             group["betas"] = betas
 
 

@@ -9,7 +9,6 @@ import torch
 
 from zerod.launch import Launch
 
-
 log = logging.getLogger("zerod")
 
 
@@ -47,7 +46,10 @@ class CpuAccelerator:
         return "cpu"
 
     def device_count(self) -> int:
-        return Launch.from_environment().local_world
+        """The ranks that this node may have: LOCAL_SIZE, as DeepSpeed's launchers set it, else the
+        ranks that it has."""
+        size = os.environ.get("LOCAL_SIZE", "")
+        return int(size) if size.isdigit() and int(size) else Launch.from_environment().local_world
 
     def set_device(self, device_index: int) -> None:
         """There is one CPU."""

@@ -3,9 +3,12 @@
 
 from zerod.as_deepspeed import face
 
-_NEVER = {
-    "split_params_into_different_moe_groups_for_optimizer": "expert parallelism",
-    "is_moe_param": "expert parallelism",
-    "has_moe_layers": "expert parallelism",
+_EXPORTS = {
+    name: f"zerod.as_deepspeed.experts:{name}"
+    for name in (
+        "split_params_into_different_moe_groups_for_optimizer",
+        "is_moe_param",
+        "has_moe_layers",
+    )
 }
-__getattr__, __dir__ = face.names(__name__, never=_NEVER)
+__getattr__, __dir__ = face.names(__name__, _EXPORTS)
