@@ -537,8 +537,8 @@ def test_launch_environment():
     }
     launch = Launch.from_environment(torchrun)
     assert (launch.node_rank, launch.nodes, launch.attempt) == (1, 2, 2)
-    deepspeeds = {("LOCAL_SIZE" if k == "LOCAL_WORLD_SIZE" else k): v for k, v in GOOD.items()}
-    assert Launch.from_environment(deepspeeds) == Launch.from_environment(GOOD)
+    deepspeed = {("LOCAL_SIZE" if k == "LOCAL_WORLD_SIZE" else k): v for k, v in torchrun.items()}
+    assert Launch.from_environment(deepspeed) == launch
     for change in ({"LOCAL_WORLD_SIZE": "3"}, {"GROUP_RANK": "0"}, {"RANK": "x"}):
         with pytest.raises(ValueError):
             Launch.from_environment(torchrun | change)
