@@ -58,7 +58,7 @@ class ClientImpl final : public Client {
   absl::Status Land(uint32_t parameter, const void* gradient, DType dtype) override;
   bool Scattered(uint32_t unit) const override;
   absl::Status Scatter(uint32_t unit, bool last) override;
-  absl::Status HandOver(uint32_t unit) override;
+  absl::StatusOr<uint32_t> HandOver(uint32_t unit) override;
   absl::Status EndMicroStep() override;
   absl::Status Reclaim(uint32_t unit) override;
   absl::StatusOr<StepResult> Step(const StepRequest& request) override;

@@ -39,7 +39,7 @@ absl::Status ClientImpl::Scatter(uint32_t unit, bool last) {
   return gradients_->Scatter(unit, last, step());
 }
 
-absl::Status ClientImpl::HandOver(uint32_t unit) {
+absl::StatusOr<uint32_t> ClientImpl::HandOver(uint32_t unit) {
   RETURN_IF_ERROR(CheckUnit(unit));
   RETURN_IF_ERROR(requests_->Acquire(Requests::Turn::kLanding, "another thread's gradient"));
   TurnHolder turn(requests_.get(), Requests::Turn::kLanding);

@@ -114,6 +114,7 @@ absl::Status Gradients::Post(uint32_t u, bool last, uint64_t step) {
     unit.open = false;
   }
   unit.posted = unit.posted || last;
+  unit.rounds += last ? 1 : 0;
   return absl::OkStatus();
 }
 
@@ -129,15 +130,15 @@ absl::Status Gradients::Scatter(uint32_t u, bool last, uint64_t step) {
   return absl::OkStatus();
 }
 
-absl::Status Gradients::HandOver(uint32_t u, uint64_t step) {
+absl::StatusOr<uint32_t> Gradients::HandOver(uint32_t u, uint64_t step) {
   Unit& unit = units_[u];
-  if (unit.last && unit.posted) return absl::OkStatus();
+  if (unit.last && unit.posted) return unit.rounds;
   RETURN_IF_ERROR(TakeAnswers());
   RETURN_IF_ERROR(error_);
   if (plan_.node_sum && !unit.open) RETURN_IF_ERROR(OpenSlot(u, step));
   RETURN_IF_ERROR(Post(u, /*last=*/true, step));
   unit.last = true;
-  return absl::OkStatus();
+  return unit.rounds;
 }
 
 absl::Status Gradients::EndMicroStep(uint64_t step) {
@@ -163,6 +164,7 @@ absl::Status Gradients::Reclaim(uint32_t u, uint64_t step) {
       entry.unit = u;
       entry.step = step;
       ASSIGN_OR_RETURN(unit.reclaim, requests_->Post(entry));
+      for (Unit& other : units_) other.rounds = std::max(other.rounds, unit.rounds);
     }
     const absl::Time start = MonotonicNow();
     absl::StatusOr<Requests::Answer> answer =
@@ -199,6 +201,7 @@ absl::Status Gradients::EndStep() {
     }
     if (unit.reclaim != 0) requests_->Abandon(unit.reclaim);
     unit.landed = unit.last = unit.posted = unit.open = false;
+    unit.rounds = 0;
     unit.reclaim = 0;
   }
   error_ = absl::OkStatus();

@@ -29,7 +29,7 @@ class Gradients {
   // See Client. `step` is the one being computed.
   absl::Status Land(uint32_t parameter, const void* gradient, DType dtype, uint64_t step);
   absl::Status Scatter(uint32_t unit, bool last, uint64_t step);
-  absl::Status HandOver(uint32_t unit, uint64_t step);
+  absl::StatusOr<uint32_t> HandOver(uint32_t unit, uint64_t step);
   absl::Status EndMicroStep(uint64_t step);
   absl::Status Reclaim(uint32_t unit, uint64_t step);
   bool Scattered(uint32_t unit) const { return units_[unit].last; }
@@ -48,6 +48,7 @@ class Gradients {
     bool landed = false;   // something, in this step
     bool last = false;     // Scatter(last) was called
     bool posted = false;   // and the daemon was told
+    uint32_t rounds = 0;   // as the daemon counts them: Job::CloseRounds
     uint64_t reclaim = 0;  // cookie of a RECLAIM that was interrupted
     // node_sum: the slot being landed in.
     bool open = false;

@@ -306,10 +306,9 @@ class Job {
     bool moving = false;  // on its way there
     auto Key() const { return std::make_tuple(round, micro_step, index, slot); }
   };
-  struct GradientRead {
+  struct GradientRequest {  // PUT or READ of it
     Waiter waiter;
-    uint64_t begin = 0;
-    uint64_t count = 0;
+    StateRequest request;
   };
   struct UnitState {
     std::vector<Waiter> waiters;   // gathers not yet answered
@@ -320,12 +319,12 @@ class Job {
     bool forecast = false;         // the copy on its way was not asked for by a client
     uint32_t exchanges = 0;        // gathers, puts and reads in flight
     bool writing = false;          // a PUT is among them
-    uint32_t reading_gradients = 0;  // READs of the gradient are among them
+    uint32_t gradient_exchanges = 0;  // those of the gradient among them
     uint32_t reducing = 0;         // reduces in flight
     uint32_t reduced_round = 0;    // last completed in this step
     uint32_t reported_round = 0;
     std::vector<Waiter> reclaims;
-    std::vector<GradientRead> gradient_reads;  // until what their slots handed over is reduced
+    std::vector<GradientRequest> gradient_requests;  // until what their slots gave is reduced
     std::vector<Staged> staged;    // node_sum, by key; the first may be on its way
     bool accumulating = false;
     bool accumulated = false;      // something is in the accumulator
@@ -338,6 +337,7 @@ class Job {
   absl::Status CheckRange(UnitIndex unit, uint64_t begin, uint64_t count) const;
   absl::Status CheckState(UnitIndex unit, uint64_t begin, uint64_t count, StateKind kind,
                           bool put) const;
+  void OnPutOrRead(Waiter waiter, const StateRequest& request);
   absl::Status CheckRestore(const OptimizerProgress& progress) const;
   absl::Status MissingRank() const;
   ScalarWait& PostScalar(Waiter waiter, const ScalarValues& values);
@@ -348,8 +348,8 @@ class Job {
   void MaybeReportStep();
   void MaybeReportScalars();
   void AnswerReclaims(UnitIndex unit);
-  void TellGradientReads(UnitIndex unit);
-  void AnswerGradientReads(UnitState* u, const absl::Status& status);
+  void TellGradientRequests(UnitIndex unit);
+  void AnswerGradientRequests(UnitState* u, const absl::Status& status);
   void CloseRounds(SlotIndex slot, uint32_t rounds);
   void PumpStaging(UnitIndex unit);
   void PumpRoom();
@@ -373,6 +373,7 @@ class Job {
   // The log (job_log.cc).
   absl::Status AppendEntries(const std::vector<Entry>& entries);
   void Advance();
+  bool GradientFree(const Entry& e) const;
   bool CanStart(const Entry& e) const;
   void Start(const Entry& e);
   void StartFirst(const Entry& e);

@@ -320,7 +320,7 @@ absl::Status Job::CheckState(UnitIndex unit, uint64_t begin, uint64_t count, Sta
                              bool put) const {
   absl::Status status = CheckUnitAndStep(unit, committed_ + 1);
   if (status.ok()) status = CheckRange(unit, begin, count);
-  if (status.ok() && !spec_.layout->Has(kind, put)) {
+  if (status.ok() && !spec_.layout->Has(kind)) {
     status = absl::InvalidArgumentError(absl::StrCat(
         "the job's optimizer keeps ", spec_.layout->state_tensors(), " tensors of state"));
   }
@@ -339,53 +339,57 @@ absl::Status Job::CheckState(UnitIndex unit, uint64_t begin, uint64_t count, Sta
 void Job::OnPut(SlotIndex slot, uint64_t cookie, UnitIndex unit, uint64_t begin, uint64_t count,
                 StateKind kind) {
   if (!Attached(slot)) return;
-  const absl::Status status = CheckState(unit, begin, count, kind, /*put=*/true);
-  if (!status.ok()) return Answer({slot, cookie}, status);
-  requests_.push_back({slot, cookie});
-  Tell(StateRequest{/*put=*/true, slot, unit, begin, count, kind});
-  Pump();
+  OnPutOrRead({slot, cookie}, {/*put=*/true, slot, unit, begin, count, kind});
 }
 
 void Job::OnRead(SlotIndex slot, uint64_t cookie, UnitIndex unit, uint64_t begin, uint64_t count,
                  StateKind kind) {
+  OnPutOrRead({slot, cookie}, {/*put=*/false, slot, unit, begin, count, kind});
+}
+
+void Job::OnPutOrRead(Waiter waiter, const StateRequest& request) {
+  const auto& [put, slot, unit, begin, count, kind] = request;
   if (!Attached(slot)) return;
-  absl::Status status = CheckState(unit, begin, count, kind, /*put=*/false);
-  if (status.ok() && kind == StateKind::kGradient && slots_[slot].stepped) {
-    status = absl::FailedPreconditionError("a gradient is read before STEP, which uses it up");
+  absl::Status status = CheckState(unit, begin, count, kind, put);
+  const bool gradient = kind == StateKind::kGradient;
+  if (status.ok() && gradient && slots_[slot].stepped) {
+    status = absl::FailedPreconditionError(
+        "a gradient is read and set before STEP, which uses it up");
+  } else if (status.ok() && gradient && put && slots_[slot].marks[unit] == 0) {
+    status = absl::FailedPreconditionError("a gradient is set after it was handed over for good");
   }
-  if (!status.ok()) return Answer({slot, cookie}, status);
-  if (kind == StateKind::kGradient) {
+  if (status.ok() && gradient) status = MissingRank();
+  if (!status.ok()) return Answer(waiter, status);
+  if (gradient) {
     // A client may be ahead of its gradient: under node_sum it waits to be added before the other
     // members hear of it, and they would read what is there without it.
-    if (status = MissingRank(); !status.ok()) return Answer({slot, cookie}, status);
-    units_[unit].gradient_reads.push_back({{slot, cookie}, begin, count});
-    TellGradientReads(unit);
+    units_[unit].gradient_requests.push_back({waiter, request});
+    TellGradientRequests(unit);
   } else {
-    requests_.push_back({slot, cookie});
-    Tell(StateRequest{/*put=*/false, slot, unit, begin, count, kind});
+    requests_.push_back(waiter);
+    Tell(request);
   }
   Pump();
 }
 
-void Job::TellGradientReads(UnitIndex unit) {
+void Job::TellGradientRequests(UnitIndex unit) {
   UnitState& u = units_[unit];
-  std::vector<GradientRead> later;
-  for (const GradientRead& read : std::exchange(u.gradient_reads, {})) {
-    if (!Attached(read.waiter.slot)) continue;
-    if (u.reduced_round < slots_[read.waiter.slot].marks[unit]) {
-      later.push_back(read);
+  std::vector<GradientRequest> later;
+  for (const GradientRequest& r : std::exchange(u.gradient_requests, {})) {
+    if (!Attached(r.waiter.slot)) continue;
+    if (u.reduced_round < slots_[r.waiter.slot].marks[unit]) {
+      later.push_back(r);
       continue;
     }
-    requests_.push_back(read.waiter);
-    Tell(StateRequest{/*put=*/false, read.waiter.slot, unit, read.begin, read.count,
-                      StateKind::kGradient});
+    requests_.push_back(r.waiter);
+    Tell(r.request);
   }
-  u.gradient_reads = std::move(later);
+  u.gradient_requests = std::move(later);
 }
 
-void Job::AnswerGradientReads(UnitState* u, const absl::Status& status) {
-  for (const GradientRead& read : std::exchange(u->gradient_reads, {})) {
-    Answer(read.waiter, status);
+void Job::AnswerGradientRequests(UnitState* u, const absl::Status& status) {
+  for (const GradientRequest& r : std::exchange(u->gradient_requests, {})) {
+    Answer(r.waiter, status);
   }
 }
 

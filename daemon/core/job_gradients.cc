@@ -106,7 +106,7 @@ bool Job::Ready(UnitIndex unit, const Staged& s) const {
 // Adds what is next, if it is there.
 void Job::PumpStaging(UnitIndex unit) {
   UnitState& u = units_[unit];
-  if (u.accumulating || u.staged.empty() || u.reducing != 0) return;
+  if (u.accumulating || u.staged.empty() || u.reducing != 0 || u.gradient_exchanges != 0) return;
   const Staged& next = u.staged.front();
   if (next.moving || !Ready(unit, next)) return;
   u.accumulating = true;

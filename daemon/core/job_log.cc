@@ -17,7 +17,7 @@ bool Job::Names(const Entry& e) const {
   if (e.kind < EntryKind::kStart || e.kind > kEntryKindLast || e.unit >= units_.size() ||
       e.rank >= spec_.world || e.origin >= spec_.members ||
       !CheckRange(e.unit, e.begin, e.count).ok() ||
-      !spec_.layout->Has(e.state_kind, e.kind != EntryKind::kRead)) {
+      !spec_.layout->Has(e.state_kind)) {
     return false;
   }
   if (e.kind == EntryKind::kCommit) {
@@ -51,6 +51,12 @@ void Job::Advance() {
   }
 }
 
+// True unless `e` is about a gradient that is being written.
+bool Job::GradientFree(const Entry& e) const {
+  const UnitState& u = units_[e.unit];
+  return e.state_kind != StateKind::kGradient || (u.reducing == 0 && !u.accumulating);
+}
+
 bool Job::CanStart(const Entry& e) const {
   const UnitState& u = units_[e.unit];
   switch (e.kind) {
@@ -64,13 +70,14 @@ bool Job::CanStart(const Entry& e) const {
     case EntryKind::kAllGather:
       return connected_ && !u.writing && !u.applying && u.applied >= e.step;
     case EntryKind::kRead:
-      if (e.state_kind == StateKind::kGradient && (u.reducing != 0 || u.accumulating)) return false;
+      if (!GradientFree(e)) return false;
       return connected_ && !u.writing && !u.applying && u.applied == committed_;
     case EntryKind::kPut:
+      if (!GradientFree(e)) return false;
       return connected_ && u.exchanges == 0 && !u.applying && u.applied == committed_;
     case EntryKind::kReduceScatter:
       return connected_ && u.reducing == 0 && !u.accumulating && !finishing_step_ &&
-             u.reading_gradients == 0;
+             u.gradient_exchanges == 0;
     case EntryKind::kNorm:
       return running_.empty();
     case EntryKind::kCommit:
@@ -116,8 +123,8 @@ void Job::StartPutOrRead(const Entry& e) {
     exchange_waiters_.emplace(e.seq, requests_.front());
     requests_.pop_front();
   }
+  if (e.state_kind == StateKind::kGradient) ++u.gradient_exchanges;
   if (e.kind == EntryKind::kRead) {
-    if (e.state_kind == StateKind::kGradient) ++u.reading_gradients;
     return Emit(StartRead{e.seq, e.unit, e.origin, e.slot, e.begin, e.count, e.state_kind});
   }
   u.writing = true;
@@ -186,7 +193,7 @@ void Job::FinishEntry(const Entry& e) {
     u.reduced_round = e.round;
     if (spec_.members > 1) u.accumulated = false;
     AnswerReclaims(e.unit);
-    TellGradientReads(e.unit);
+    TellGradientRequests(e.unit);
     if (spec_.node_sum) PumpStaging(e.unit);
     return;
   }
@@ -203,7 +210,10 @@ void Job::FinishEntry(const Entry& e) {
     }
     return;
   }
-  if (e.kind == EntryKind::kRead && e.state_kind == StateKind::kGradient) --u.reading_gradients;
+  if (e.state_kind == StateKind::kGradient) {
+    --u.gradient_exchanges;
+    if (spec_.node_sum) PumpStaging(e.unit);
+  }
   if (e.kind == EntryKind::kPut) {
     u.writing = false;
     if (e.state_kind == StateKind::kMaster && window_.resident(e.unit)) {
@@ -386,7 +396,8 @@ void Job::ResetStep() {
     u.accumulated = false;
     u.staged.clear();
     AnswerAll(&u.reclaims, absl::CancelledError("STEP was sent before the reclaim was answered"));
-    AnswerGradientReads(&u, absl::CancelledError("STEP was sent before the read was answered"));
+    AnswerGradientRequests(
+        &u, absl::CancelledError("STEP was sent before the gradient was read or set"));
     u.touched.assign(spec_.layout->units()[i].parameters.size(), false);
   }
   step_reported_ = false;
@@ -444,7 +455,7 @@ void Job::StartLeave(const Entry& e) {
   // The step under way cannot complete: what waits for another rank's part of it never ends.
   for (UnitState& u : units_) {
     AnswerAll(&u.reclaims, missing);
-    AnswerGradientReads(&u, missing);
+    AnswerGradientRequests(&u, missing);
     ForgetStaged(&u, missing);
   }
   for (SlotIndex i = 0; i < slots_.size(); ++i) {

@@ -119,9 +119,9 @@ class Layout {
                                         const std::vector<bool>& touched) const;
   // Tensors of optimizer state kept for every trainable element: the most that any group needs.
   uint32_t state_tensors() const { return state_tensors_; }
-  // There is something of this kind, to be written (`put`) or read.
-  bool Has(StateKind kind, bool put) const {
-    return kind == StateKind::kGradient ? !put : static_cast<uint32_t>(kind) <= state_tensors_;
+  // There is something of this kind.
+  bool Has(StateKind kind) const {
+    return kind == StateKind::kGradient || static_cast<uint32_t>(kind) <= state_tensors_;
   }
   uint64_t UnitBytes(UnitIndex u) const { return units_[u].elements * DTypeBytes(dtype_); }
   const Hash128& hash() const { return hash_; }

@@ -129,7 +129,7 @@ absl::Status Sequencer::OnItem(MemberIndex from, const ReportItem& item, std::ve
   }
   const StateRequest& r = std::get<StateRequest>(item);
   RETURN_IF_ERROR(CheckRange(r.unit, r.begin, r.count));
-  if (!spec_->layout->Has(r.kind, r.put)) {
+  if (!spec_->layout->Has(r.kind)) {
     return BadMessage(from, "a tensor of state beyond the layout's");
   }
   Entry& e = Add(r.put ? EntryKind::kPut : EntryKind::kRead, out);

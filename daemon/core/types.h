@@ -36,7 +36,7 @@ enum class StateKind : uint16_t {
   kExpAvg = 1,
   kExpAvgSq = 2,
   kThird = 3,     // of a centered RMSprop with momentum: it has three
-  kGradient = 4,  // READ alone: the sum of what was reduced in the step under way
+  kGradient = 4,  // the sum of what was reduced in the step under way
 };
 enum class ScalarOp : uint16_t { kSum = 0, kMean = 1, kMin = 2, kMax = 3 };
 

@@ -244,6 +244,12 @@ absl::Status JobRunnerImpl::CheckTransfer(UnitIndex unit, core::MemberIndex orig
   return absl::OkStatus();
 }
 
+std::shared_ptr<const Sources> JobRunnerImpl::GradientSources(core::StateKind kind,
+                                                              UnitIndex unit) const {
+  if (kind != core::StateKind::kGradient) return nullptr;
+  return book_->FinalSources(unit, job_->committed() + 1, Clients());
+}
+
 void JobRunnerImpl::Do(core::StartPut& action) {
   const absl::Status status =
       CheckTransfer(action.unit, action.origin, action.slot, action.begin, action.count);
@@ -251,10 +257,13 @@ void JobRunnerImpl::Do(core::StartPut& action) {
   std::shared_ptr<ClientSlot> origin =
       action.origin == request_.self ? slots_[action.slot].client : nullptr;
   mover_->Start(action.seq,
-                MakePut(&move_, action, std::move(origin), window_->Copy(action.unit)),
+                MakePut(&move_, action, std::move(origin), window_->Copy(action.unit),
+                        GradientSources(action.kind, action.unit)),
                 [this, action](absl::Status done) {
                   if (done.ok() && action.kind == core::StateKind::kMaster) {
                     NotePut(action.unit, action.begin, action.count);
+                  } else if (action.kind == core::StateKind::kGradient) {
+                    book_->SetSquaresMissing(action.unit);
                   }
                   job_->OnEntryDone(action.seq, done);
                 });
@@ -266,13 +275,9 @@ void JobRunnerImpl::Do(core::StartRead& action) {
   if (!status.ok()) return Broken(status);
   std::shared_ptr<ClientSlot> origin =
       action.origin == request_.self ? slots_[action.slot].client : nullptr;
-  std::shared_ptr<const Sources> sources;
-  if (action.kind == core::StateKind::kGradient) {
-    sources = book_->FinalSources(action.unit, job_->committed() + 1, Clients());
-  }
   mover_->Start(action.seq,
                 MakeRead(&move_, action, std::move(origin), window_->Copy(action.unit),
-                         std::move(sources)),
+                         GradientSources(action.kind, action.unit)),
                 [this, seq = action.seq](absl::Status done) { job_->OnEntryDone(seq, done); });
 }
 

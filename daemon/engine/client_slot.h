@@ -65,7 +65,7 @@ class ClientSlot {
   const uint8_t* touched() const {
     return reinterpret_cast<const uint8_t*>(files_[0].data() + sections_.touched);
   }
-  const std::byte* gradient() const { return files_[2].data(); }
+  std::byte* gradient() const { return files_[2].data(); }
   std::byte* transfer() const { return files_[3].data(); }
   uint64_t gradient_bytes() const { return files_[2].bytes(); }
   uint64_t control_bytes() const;  // of the other three files

@@ -34,6 +34,22 @@ void SumRange(const core::Layout& layout, const Sources& sources, Range range, f
   memset(out + (next - range.begin), 0, (range.end - next) * sizeof(float));
 }
 
+void SetRange(const core::Layout& layout, const Sources& sources, Range range,
+              const float* values) {
+  ForEachParameter(layout, sources.unit, range, [&](size_t index, Range part) {
+    const size_t bytes = part.size() * sizeof(float);
+    const auto& of = sources.of[index];
+    for (size_t i = 0; i < of.size(); ++i) {
+      float* const to = of[i].At(part.begin);
+      if (i == 0) {
+        memcpy(to, values + (part.begin - range.begin), bytes);
+      } else {
+        memset(to, 0, bytes);
+      }
+    }
+  });
+}
+
 const float* OnlySource(const core::Layout& layout, const Sources& sources, Range range) {
   const Source* only = nullptr;
   bool several = false;
@@ -151,8 +167,8 @@ std::shared_ptr<const Sources> GradientBook::NodeSources(
   std::sort(by_rank.begin(), by_rank.end(),
             [](const ClientSlot* a, const ClientSlot* b) { return a->rank < b->rank; });
   for (const ClientSlot* client : by_rank) {
-    const auto* data =
-        reinterpret_cast<const float*>(client->gradient() + plan_->gradient_offsets[unit]);
+    auto* const data =
+        reinterpret_cast<float*>(client->gradient() + plan_->gradient_offsets[unit]);
     const std::vector<bool>& touched = marks_[client->slot][unit].touched;
     for (size_t i = 0; i < sources->of.size(); ++i) {
       if (touched[i]) sources->of[i].push_back({data, 0});
@@ -201,6 +217,8 @@ bool GradientBook::SquaresMissing(UnitIndex unit, Step step) const {
 void GradientBook::SetSquaresDone(UnitIndex unit) {
   units_[unit].squares_round = units_[unit].reduced_round;
 }
+
+void GradientBook::SetSquaresMissing(UnitIndex unit) { units_[unit].squares_round = 0; }
 
 std::vector<double> GradientBook::Squares(Step step, bool* nonfinite) const {
   std::vector<double> squares(squares_.size(), 0.0);

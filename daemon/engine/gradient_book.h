@@ -19,13 +19,14 @@ namespace zerod::engine {
 
 // A gradient of one unit in fp32; element e lies at data[e - begin].
 struct Source {
-  const float* data = nullptr;
+  float* data = nullptr;
   uint64_t begin = 0;
-  const float* At(uint64_t element) const { return data + (element - begin); }
+  float* At(uint64_t element) const { return data + (element - begin); }
 };
 
 // For each parameter of a unit (Unit::parameters order): the gradients to be summed, in order.
-// None: nobody touched it; its gradient is zero. Immutable, any thread.
+// None: nobody touched it; its gradient is zero. Immutable, any thread; what lies there is written
+// by SetRange alone.
 struct Sources {
   core::UnitIndex unit = 0;
   std::vector<absl::InlinedVector<Source, 4>> of;
@@ -63,6 +64,10 @@ void ForEachParameter(const core::Layout& layout, core::UnitIndex u, core::Range
 void SumInto(const absl::InlinedVector<Source, 4>& sources, core::Range range, float* out);
 // The node's sum over `range` with zeros in the padding.
 void SumRange(const core::Layout& layout, const Sources& sources, core::Range range, float* out);
+// Makes `values` the sum that SumRange gives of `range`, where there are sources: the first of each
+// parameter gets them, the others zeros.
+void SetRange(const core::Layout& layout, const Sources& sources, core::Range range,
+              const float* values);
 // Where one gradient is all that there is to sum over the whole of `range`: its elements there, to
 // be sent as they lie (what lies in the padding means nothing). Else null.
 const float* OnlySource(const core::Layout& layout, const Sources& sources, core::Range range);
@@ -111,6 +116,7 @@ class GradientBook {
   // True where the unit was reduced in `step` and its squares are not those of the last round.
   bool SquaresMissing(core::UnitIndex unit, core::Step step) const;
   void SetSquaresDone(core::UnitIndex unit);
+  void SetSquaresMissing(core::UnitIndex unit);
   double* square(size_t block) { return &squares_[block]; }
   uint8_t* nonfinite(size_t block) { return &nonfinite_[block]; }
   // The squares of the units reduced in `step`, zero for the others.

@@ -154,6 +154,8 @@ class JobRunnerImpl : public JobRunner {
                       std::function<void()> done);
   absl::Status CheckTransfer(core::UnitIndex unit, core::MemberIndex origin, core::SlotIndex slot,
                              uint64_t begin, uint64_t count) const;
+  // Where READ and PUT of a gradient find it; null for other kinds.
+  std::shared_ptr<const Sources> GradientSources(core::StateKind kind, core::UnitIndex unit) const;
   void Broken(const absl::Status& status);  // ends the job, from inside an action
   void NotePut(core::UnitIndex unit, uint64_t begin, uint64_t count);
   bool Initialized() const;

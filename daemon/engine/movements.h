@@ -53,9 +53,10 @@ std::shared_ptr<Movement> MakeGather(const MoveContext* context,
 std::shared_ptr<Movement> MakeReduce(const MoveContext* context, const core::StartReduce& action,
                                      std::shared_ptr<const Sources> sources);
 // `origin`: the client whose transfer area has (PUT) or gets (READ) the values; null elsewhere.
+// `sources`: where a gradient lies; else null.
 std::shared_ptr<Movement> MakePut(const MoveContext* context, const core::StartPut& action,
-                                  std::shared_ptr<ClientSlot> origin, UnitCopy copy);
-// `sources`: of a gradient; else null.
+                                  std::shared_ptr<ClientSlot> origin, UnitCopy copy,
+                                  std::shared_ptr<const Sources> sources);
 std::shared_ptr<Movement> MakeRead(const MoveContext* context, const core::StartRead& action,
                                    std::shared_ptr<ClientSlot> origin, UnitCopy copy,
                                    std::shared_ptr<const Sources> sources);

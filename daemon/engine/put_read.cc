@@ -23,7 +23,7 @@ int StateTensor(core::StateKind kind) {
 class Put : public Movement {
  public:
   Put(const MoveContext* context, const core::StartPut& action,
-      std::shared_ptr<ClientSlot> origin, UnitCopy copy)
+      std::shared_ptr<ClientSlot> origin, UnitCopy copy, std::shared_ptr<const Sources> sources)
       : c_(*context),
         unit_(action.unit),
         all_{action.begin, action.begin + action.count},
@@ -31,7 +31,8 @@ class Put : public Movement {
         origin_member_(action.origin),
         resident_(c_.plan->window.resident[unit_]),
         origin_(std::move(origin)),
-        copy_(std::move(copy)) {}
+        copy_(std::move(copy)),
+        sources_(std::move(sources)) {}
 
   size_t pieces() const override { return c_.Cuts(all_); }
 
@@ -88,6 +89,9 @@ class Put : public Movement {
   }
   // A copy that is always there, or a full master, takes all; else an owner takes its shard.
   Range Needs(MemberIndex m) const {
+    if (kind_ == core::StateKind::kGradient && c_.stage < 2) {  // ShardStore: they are full
+      return {0, c_.layout->units()[unit_].trainable_elements};
+    }
     if (kind_ != core::StateKind::kMaster) {
       if (!c_.store->full()) return c_.partition->TrainableShard(unit_, m);
       return {0, c_.layout->units()[unit_].trainable_elements};
@@ -99,6 +103,9 @@ class Put : public Movement {
   }
 
   void Store(Range range, const float* values) const {
+    if (kind_ == core::StateKind::kGradient) {
+      return SetRange(*c_.layout, *sources_, range, values);
+    }
     if (kind_ != core::StateKind::kMaster) {
       const int which = StateTensor(kind_);
       if (c_.store->narrow_states()) {
@@ -133,6 +140,7 @@ class Put : public Movement {
   const bool resident_;
   const std::shared_ptr<ClientSlot> origin_;
   const UnitCopy copy_;
+  const std::shared_ptr<const Sources> sources_;
 };
 
 class Read : public Movement {
@@ -269,8 +277,10 @@ class Read : public Movement {
 }  // namespace
 
 std::shared_ptr<Movement> MakePut(const MoveContext* context, const core::StartPut& action,
-                                  std::shared_ptr<ClientSlot> origin, UnitCopy copy) {
-  return std::make_shared<Put>(context, action, std::move(origin), std::move(copy));
+                                  std::shared_ptr<ClientSlot> origin, UnitCopy copy,
+                                  std::shared_ptr<const Sources> sources) {
+  return std::make_shared<Put>(context, action, std::move(origin), std::move(copy),
+                               std::move(sources));
 }
 
 std::shared_ptr<Movement> MakeRead(const MoveContext* context, const core::StartRead& action,

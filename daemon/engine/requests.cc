@@ -276,9 +276,7 @@ absl::Status JobRunnerImpl::HandleStep(ClientSlot* client, const shm::SubmitEntr
 
 absl::Status JobRunnerImpl::HandlePutOrRead(ClientSlot* client, const shm::SubmitEntry& entry) {
   RETURN_IF_ERROR(CheckRange(entry));
-  const auto last =
-      entry.op == Op::kPut ? shm::StateKind::kThird : shm::StateKind::kGradient;
-  if (entry.flags > static_cast<uint16_t>(last)) {
+  if (entry.flags > static_cast<uint16_t>(shm::StateKind::kGradient)) {
     return absl::InvalidArgumentError(absl::StrCat("there is no state of kind ", entry.flags));
   }
   const auto kind = static_cast<core::StateKind>(entry.flags);

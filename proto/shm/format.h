@@ -58,7 +58,7 @@ enum class Op : uint16_t {
   kStep = 5,      // step; StepRecord in the submit page, blob of arg0 bytes in the transfer area
   kPut = 6,       // unit, arg0 = first element, arg1 = elements, flags = StateKind; values (fp32)
                   //   in the transfer area
-  kRead = 7,      // unit, arg0, arg1, flags as kPut, or kGradient; the values come back as fp32
+  kRead = 7,      // unit, arg0, arg1, flags as kPut; the values come back as fp32
   kScalar = 8,    // arg0 = number of values (0 = barrier), flags = ScalarOp; ScalarRecord
   kDetach = 9,    // the client leaves of its own will; nothing follows
   kMicroStep = 10,  // step: a backward pass is over, what is scattered from here on is of the next

@@ -91,8 +91,8 @@ TEST(Values, AGradientIsHandedOverOnceWhateverWasLanded) {
     ASSERT_TRUE(client->Land(3, gradient.data(), DType::kFloat32).ok());
     for (int i = 0; i < 2; ++i) {
       ASSERT_TRUE(client->Scatter(kB, true).ok());  // nothing there: nothing is sent
-      ASSERT_TRUE(client->HandOver(kA).ok());
-      ASSERT_TRUE(client->HandOver(kB).ok());
+      EXPECT_EQ(client->HandOver(kA).value(), 1u);
+      EXPECT_EQ(client->HandOver(kB).value(), 1u);
     }
     EXPECT_TRUE(client->Scattered(kA) && client->Scattered(kB));
     daemon.WaitForRequests(2);
@@ -107,6 +107,17 @@ TEST(Values, AGradientIsHandedOverOnceWhateverWasLanded) {
     EXPECT_EQ(client->Land(4, gradient.data(), DType::kFloat32).code(),
               absl::StatusCode::kFailedPrecondition);
   }
+}
+
+// A RECLAIM closes that many rounds of every unit (Job::CloseRounds), also of one whose gradients
+// are still to come.
+TEST(Values, RoundsAreCountedAsTheDaemonCountsThem) {
+  FakeDaemon daemon(FakeDaemon::MakePlan());
+  auto client = daemon.Attach();
+  EXPECT_EQ(client->HandOver(kA).value(), 1u);
+  ASSERT_TRUE(client->Reclaim(kA).ok());
+  EXPECT_EQ(client->HandOver(kA).value(), 2u);
+  EXPECT_EQ(client->HandOver(kB).value(), 2u);
 }
 
 // The order is the client's here, the layout's there.

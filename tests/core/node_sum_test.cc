@@ -90,6 +90,24 @@ TEST_F(NodeSumTest, AGradientIsReadBehindWhatWasHandedOver) {
   EXPECT_TRUE(Answer(41).ok());
 }
 
+TEST_F(NodeSumTest, NothingIsAddedWhileAGradientIsSet) {
+  job_->OnScatter(0, 31, 1, 1, true, 500, {true});
+  job_->OnScatter(1, 32, 1, 1, true, 600, {true});
+  job_->OnPut(0, 41, 1, 0, 10, StateKind::kGradient);
+  EXPECT_EQ(Accumulated(), (std::vector<uint64_t>{500, 600}));
+  const std::vector<StartReduce> reduces = Take<StartReduce>();
+  ASSERT_EQ(reduces.size(), 1u);
+  job_->OnEntryDone(reduces[0].seq, absl::OkStatus());
+  const std::vector<StartPut> puts = Take<StartPut>();
+  ASSERT_EQ(puts.size(), 1u);
+  job_->OnScatter(0, 33, 1, 1, true, 700, {true});
+  job_->OnScatter(1, 34, 1, 1, true, 800, {true});
+  EXPECT_TRUE(Accumulated().empty());
+  job_->OnEntryDone(puts[0].seq, absl::OkStatus());
+  EXPECT_TRUE(Answer(41).ok());
+  EXPECT_EQ(Accumulated(), (std::vector<uint64_t>{700, 800}));
+}
+
 TEST_F(NodeSumTest, WhatWaitsIsSetAsideAndAddedInItsPlace) {
   job_->OnScatter(1, 31, 0, 1, false, 500, {true});
   job_->OnScatter(1, 32, 1, 1, false, 600, {true});

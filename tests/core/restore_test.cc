@@ -230,10 +230,36 @@ TEST_F(RestoreTest, AGradientIsReadBetweenItsReductions) {
   job_->OnEntryDone(reads[0].seq, absl::OkStatus());
   EXPECT_TRUE(Answer(11).ok());
   EXPECT_EQ(Take<StartReduce>().size(), 1u);
-  job_->OnPut(0, 12, 1, 0, 10, StateKind::kGradient);
-  EXPECT_TRUE(absl::IsInvalidArgument(Answer(12)));
   job_->OnRead(0, 13, 1, 1999, 20, StateKind::kGradient);
   EXPECT_TRUE(absl::IsInvalidArgument(Answer(13)));
+}
+
+TEST_F(RestoreTest, AGradientIsSetBetweenItsReductions) {
+  Make(Spec(1, 1));
+  Attach(1);
+  job_->OnPut(0, 10, 1, 0, 10, StateKind::kGradient);
+  EXPECT_TRUE(absl::IsFailedPrecondition(Answer(10)));  // there is none
+  job_->OnScatter(0, 0, 1, 1, /*last=*/true, 0, {true});
+  job_->OnPut(0, 11, 1, 0, 10, StateKind::kGradient);
+  EXPECT_TRUE(Take<StartPut>().empty());  // behind the reduction
+  std::vector<StartReduce> reduces = Take<StartReduce>();
+  ASSERT_EQ(reduces.size(), 1u);
+  job_->OnEntryDone(reduces[0].seq, absl::OkStatus());
+  std::vector<StartPut> puts = Take<StartPut>();
+  ASSERT_EQ(puts.size(), 1u);
+  EXPECT_EQ(puts[0].kind, StateKind::kGradient);
+  job_->OnScatter(0, 0, 1, 1, /*last=*/true, 0, {true});
+  EXPECT_TRUE(Take<StartReduce>().empty());  // would add to what is being written
+  job_->OnEntryDone(puts[0].seq, absl::OkStatus());
+  EXPECT_TRUE(Answer(11).ok());
+  reduces = Take<StartReduce>();
+  ASSERT_EQ(reduces.size(), 1u);
+  job_->OnEntryDone(reduces[0].seq, absl::OkStatus());
+  job_->OnPut(0, 12, 1, 1999, 20, StateKind::kGradient);
+  EXPECT_TRUE(absl::IsInvalidArgument(Answer(12)));
+  job_->OnStep(0, 13, 1, Hyper(1), {});
+  job_->OnPut(0, 14, 1, 0, 10, StateKind::kGradient);
+  EXPECT_TRUE(absl::IsFailedPrecondition(Answer(14)));
 }
 
 // A log that names what is not there ends the job, not the process.

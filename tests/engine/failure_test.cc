@@ -229,7 +229,7 @@ std::vector<Garbage> AllGarbage() {
   shm::SubmitEntry kind = Entry(shm::Op::kRead, 0, 0, 1);
   kind.flags = 9;
   shm::SubmitEntry put_kind = Entry(shm::Op::kPut, 0, 0, 1);
-  put_kind.flags = 4;
+  put_kind.flags = 5;
   shm::SubmitEntry no_answer = Entry(shm::Op::kRestore, 0, 1);
   no_answer.cookie = 0;
   shm::SubmitEntry op = Entry(shm::Op::kScalar, 0, 1);
@@ -244,7 +244,7 @@ std::vector<Garbage> AllGarbage() {
       {"PutBehindTheUnit", Sends(Entry(shm::Op::kPut, 0, kHuge - 1, 4)), "of unit 0"},
       {"PutCountOverflows", Sends(Entry(shm::Op::kPut, 0, 1, kHuge)), "of unit 0"},
       {"ReadKind", Sends(kind), "state of kind 9"},
-      {"PutKind", Sends(put_kind), "state of kind 4"},
+      {"PutKind", Sends(put_kind), "state of kind 5"},
       {"RestoreOfTooMany", Sends(Entry(shm::Op::kRestore, 0, kHuge)), "the layout has"},
       {"RestoreOfNone", Sends(Entry(shm::Op::kRestore, 0, 0)), "the layout has"},
       {"RestoreWithoutACookie", Sends(no_answer), "without a cookie"},

@@ -287,6 +287,64 @@ TEST_P(GradientRead, GivesTheSumOfAllRanksAndChangesNothing) {
   });
 }
 
+TEST_P(GradientRead, FindsWhatOneRankSet) {
+  const GradientCase& c = GetParam();
+  ClusterOptions options = Options(c.grid, kFp32);
+  options.config = ConfigText(c.grid.stage, kFp32, c.grid.stage == 3 ? kSmallWindow : "",
+                              c.node_sum ? "\"gradient_plan\": \"node_sum\"" : "");
+  Cluster cluster(options);
+  const core::Layout& layout = cluster.layout();
+  Workload workload = DefaultWorkload();
+  workload.hyper.want_norm = true;
+  cluster.RunClients([&](uint32_t rank, FakeClient& client) {
+    Train(layout, rank, client, workload, 1, /*fresh=*/true);
+    for (UnitIndex u = 0; u < layout.units().size(); ++u) {
+      ASSERT_TRUE(client.Gather(u).ok());
+      client.Release(u);
+    }
+    ASSERT_TRUE(Backward(layout, rank, client, workload).ok());
+    const uint64_t step = client.step();
+    std::vector<bool> touched(layout.parameters().size());
+    for (UnitIndex u = 0; u < layout.units().size(); ++u) {
+      bool scattered = false;
+      for (uint32_t p : layout.units()[u].parameters) {
+        scattered |= layout.parameters()[p].trainable && Touches(workload, step, rank, p);
+        for (uint32_t r = 0; r < cluster.world(); ++r) {
+          if (layout.parameters()[p].trainable && Touches(workload, step, r, p)) touched[p] = true;
+        }
+      }
+      EXPECT_TRUE(scattered || client.Scatter(u, true).ok());
+    }
+    EXPECT_TRUE(client.Barrier().ok());
+    const auto value = [](uint32_t i, uint64_t e) { return static_cast<float>(i + 1 + e % 3); };
+    double squares = 0;
+    for (uint32_t i = 0; i < layout.parameters().size(); ++i) {
+      if (!touched[i]) continue;
+      const core::Parameter& p = layout.parameters()[i];
+      std::vector<float> values(p.elements);
+      for (uint64_t e = 0; e < p.elements; ++e) {
+        values[e] = value(i, e);
+        squares += static_cast<double>(values[e]) * values[e];
+      }
+      if (rank + 1 != cluster.world()) continue;
+      ASSERT_TRUE(client.Put(p.unit, p.offset, values, shm::StateKind::kGradient).ok());
+    }
+    EXPECT_TRUE(client.Barrier().ok());
+    for (uint32_t i = 0; i < layout.parameters().size(); ++i) {
+      if (!touched[i]) continue;
+      const core::Parameter& p = layout.parameters()[i];
+      const auto read = client.Read(p.unit, p.offset, p.elements, shm::StateKind::kGradient);
+      ASSERT_TRUE(read.ok()) << read.status();
+      for (uint64_t e = 0; e < p.elements; ++e) ASSERT_EQ((*read)[e], value(i, e)) << i << " " << e;
+    }
+    EXPECT_TRUE(client.Barrier().ok());
+    const auto stepped = client.Step({workload.hyper, ""});
+    ASSERT_TRUE(stepped.ok());
+    const double norm = std::sqrt(squares) / (cluster.world() * workload.hyper.loss_scale);
+    EXPECT_NEAR(stepped->grad_norm, norm, 1e-6 * norm);
+  });
+}
+
 INSTANTIATE_TEST_SUITE_P(Grids, GradientRead,
                          ::testing::Values(GradientCase{"Stage0", {0, 1, 2}, false},
                                            GradientCase{"Stage3", {3, 1, 2}, false},

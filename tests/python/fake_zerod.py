@@ -282,6 +282,7 @@ class Client:
 
     def hand_over(self, unit):
         self.scatter(unit, True)
+        return 1
 
     def scattered(self, unit):
         return unit in self._scattered
@@ -342,7 +343,8 @@ class Client:
     def put(self, unit, begin, data_ptr, count, kind="master"):
         self._check_open()
         assert unit not in self._held or kind != "master"
-        target = {"master": self._master, "exp_avg": self._m, "exp_avg_sq": self._v}[kind]
+        target = {"master": self._master, "exp_avg": self._m, "exp_avg_sq": self._v,
+                  "gradient": self._gradient}[kind]
         start = self._spans[unit][0] + begin
         target[start : start + count] = _at(data_ptr, count, torch.float32)
         if kind == "master":

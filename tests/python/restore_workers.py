@@ -190,6 +190,72 @@ def fragments(config: dict) -> dict:
     return result
 
 
+def set_gradients(config: dict) -> dict:
+    """A step whose gradients are what the script makes of them, between its micro-steps and after."""
+    import zerod
+    from zerod import fragments as f
+
+    rank, world = workers.rank_and_world()
+    torch.manual_seed(5)
+    engine, *_ = zerod.initialize(model=Branches(rank), config=config)
+    names = dict(engine.module.named_parameters())
+    dtype = names["first.weight"].dtype
+
+    def backward(micro):
+        x, y = workers.small_batch(1, micro, rank)
+        engine.backward((engine(x.to(dtype)).float() - y).square().mean())
+
+    def same(get, set_, name, value):
+        set_(names[name], value * (rank + 1) if "full" in set_.__name__ else value)
+        got = get(names[name])
+        torch.testing.assert_close(got, value, rtol=1e-6, atol=0)
+
+    def part(name):
+        size = -(-names[name].numel() // world)
+        return torch.arange(rank * size, rank * size + size) / 1000 + 1
+
+    backward(0)
+    f.safe_set_full_grad(names["first.bias"], torch.full_like(
+        names["first.bias"], 0.0, dtype=torch.float32))
+    engine.step()
+    backward(1)
+    late = f.safe_get_full_grad(names["first.bias"])  # of the second micro-step alone
+    ones = torch.ones(32, 32)
+    same(f.safe_get_full_grad, f.safe_set_full_grad, "own.weight", 2 * ones)
+    same(f.safe_get_full_grad, f.safe_set_full_grad, "idle.weight", torch.ones(3, 3) / 4)
+    f.safe_update_full_grad_vectorized(
+        [names["own.weight"], names["frozen.weight"]], lambda g, p: g / 4)
+    same(f.safe_get_local_grad, f.safe_set_local_grad, "last.bias", part("last.bias"))
+    gradients = {name: f.safe_get_full_grad(p) for name, p in names.items()}
+    engine.step()
+    result = {"late": late, "gradients": gradients, "norm": engine.get_global_grad_norm(),
+              "steps": dict(zip(names, engine.client.optimizer_steps()))}
+    result["exp_avg"] = {
+        name: f.safe_get_full_optimizer_state(names[name], "exp_avg")
+        for name, g in gradients.items() if g is not None
+    }
+    same(f.safe_get_local_fp32_param, f.safe_set_local_fp32_param, "last.bias", part("last.bias"))
+    whole = f.safe_get_full_fp32_param(names["last.bias"])
+    assert torch.equal(whole, torch.arange(whole.numel()) / 1000 + 1)
+    with zerod.GatheredParameters([names["last.bias"]]):
+        assert torch.equal(names["last.bias"].detach(), whole.to(dtype))
+    same(lambda p: f.safe_get_local_optimizer_state(p, "exp_avg_sq"),
+         lambda p, v: f.safe_set_local_optimizer_state(p, v, "exp_avg_sq"),
+         "own.weight", part("own.weight"))
+    assert f.safe_get_local_grad(names["frozen.weight"]) is None
+    result["errors"] = []
+    for call in (lambda: f.safe_set_full_grad(names["own.weight"], torch.zeros(3)),
+                 lambda: f.safe_set_local_grad(names["own.weight"], torch.zeros(3)),
+                 lambda: f.safe_set_full_grad(names["frozen.bias"], torch.zeros(32))):
+        try:
+            call()
+        except ValueError as error:
+            result["errors"].append(str(error))
+    engine.client.barrier()
+    engine.destroy()
+    return result
+
+
 def refused_fragments(names: dict[str, torch.nn.Parameter]) -> list[str]:
     from zerod import fragments as f
 

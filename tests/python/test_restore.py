@@ -92,14 +92,15 @@ def test_what_cannot_be_restored_is_an_error(stage, count, nodes):
         assert "elements" in errors["range"]
 
 
+FRAGMENT_CASES = [
+    ("fp32", 0, 1, "per_rank"), ("fp32", 3, 2, "per_rank"), ("fp32", 1, 2, "node_sum"),
+    ("fp32", 3, 1, "node_sum"), ("bf16", 3, 1, "per_rank"), ("fp16", 3, 2, "per_rank"),
+]
 TOLERANCE = {"fp32": {"rtol": 1e-5, "atol": 1e-7}, "bf16": {"rtol": 5e-2, "atol": 2e-3},
              "fp16": {"rtol": 2e-2, "atol": 5e-4}}
 
 
-@pytest.mark.parametrize("dtype, stage, count, plan", [
-    ("fp32", 0, 1, "per_rank"), ("fp32", 3, 2, "per_rank"), ("fp32", 1, 2, "node_sum"),
-    ("fp32", 3, 1, "node_sum"), ("bf16", 3, 1, "per_rank"), ("fp16", 3, 2, "per_rank"),
-])
+@pytest.mark.parametrize("dtype, stage, count, plan", FRAGMENT_CASES)
 def test_fragments(dtype, stage, count, plan, nodes):
     name = f"fragments-{dtype}-{stage}-{count}"
     settings = config(dtype, stage, name, gradient_accumulation_steps=2, gradient_clipping=0.0)
@@ -128,3 +129,34 @@ def test_fragments(dtype, stage, count, plan, nodes):
         assert [word in error for word, error in zip(
             ("exp_avg, exp_avg_sq", "shape", "no parameter", "not trained"), result["errors"],
             strict=True)] == [True] * 4
+
+
+@pytest.mark.parametrize("dtype, stage, count, plan", FRAGMENT_CASES)
+def test_gradients_are_set(dtype, stage, count, plan, nodes):
+    name = f"set-gradients-{dtype}-{stage}-{count}"
+    settings = config(dtype, stage, name, gradient_accumulation_steps=2, gradient_clipping=0.0)
+    settings["zerod"]["gradient_plan"] = plan
+    results = cluster.run("restore_workers:set_gradients", nodes[:count], WORLD, job=name,
+                          config=settings)
+    both = restore_workers.plain_gradients(2, WORLD)
+    first = restore_workers.plain_gradients(1, WORLD)
+    for result in results:
+        # What was there was replaced, what came after was added to it.
+        torch.testing.assert_close(result["late"], both["first.bias"] - 0.5 * first["first.bias"],
+                                   **TOLERANCE[dtype])
+        gradients = {n: g for n, g in result["gradients"].items() if g is not None}
+        assert set(gradients) == {*both, "idle.weight"}
+        assert torch.equal(gradients["own.weight"], torch.full((32, 32), 0.5))
+        torch.testing.assert_close(gradients["last.bias"],
+                                   torch.arange(gradients["last.bias"].numel()) / 1000 + 1)
+        torch.testing.assert_close(gradients["first.weight"], both["first.weight"],
+                                   **TOLERANCE[dtype])
+        norm = torch.stack([g.double().square().sum() for g in gradients.values()])
+        assert result["norm"] == pytest.approx(norm.sum().sqrt().item(), rel=1e-6)
+        for key, gradient in gradients.items():
+            torch.testing.assert_close(result["exp_avg"][key], 0.1 * gradient, rtol=1e-5,
+                                       atol=1e-9)
+        assert result["steps"]["idle.weight"] == 1
+        assert [word in error for word, error in zip(
+            ("shape", "part of 'own.weight'", "not trained"), result["errors"],
+            strict=True)] == [True] * 3

@@ -77,7 +77,7 @@ client::StateKind ParseKind(const std::string& name) {
   if (name == "gradient") return client::StateKind::kGradient;
   Raise(absl::InvalidArgumentError("the kind of state is \"" + name +
                                    "\"; it must be \"master\", \"exp_avg\", \"exp_avg_sq\", "
-                                   "\"third\" or, to be read, \"gradient\""));
+                                   "\"third\" or \"gradient\""));
 }
 
 client::ScalarOp ParseOp(const std::string& name) {
@@ -461,7 +461,7 @@ void DefineGradients(nb::class_<PyClient>& c) {
       .def("hand_over",
            [](const PyClient& p, uint32_t unit) {
              const auto client = p.Get();
-             Check(WithoutGil([&] { return client->HandOver(unit); }));
+             return Take(WithoutGil([&] { return client->HandOver(unit); }));
            },
            "unit"_a)
       .def("end_micro_step",

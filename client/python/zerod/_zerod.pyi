@@ -306,9 +306,11 @@ class Client:
         memory). FailedPrecondition after the unit's last scatter: reclaim() first."""
     def scattered(self, unit: int) -> bool: ...
     def scatter(self, unit: int, last: bool) -> None: ...
-    def hand_over(self, unit: int) -> None:
-        """scatter(unit, last=True) even where nothing was landed. Once every rank has called it,
-        and after a barrier, the unit's gradient may be read."""
+    def hand_over(self, unit: int) -> int:
+        """scatter(unit, last=True) even where nothing was landed. The rounds of the unit that this
+        rank is through with in this step. Once all ranks are through with as many (one that is
+        behind calls reclaim() and this again), and after a barrier, the unit's gradient may be
+        read."""
     def end_micro_step(self) -> None:
         """A backward pass is over: under the gradient plan node_sum no other rank waits for more
         of it, and gradients are added pass by pass."""

@@ -284,27 +284,46 @@ class BackwardPass:
         touched = bool(self._touched[index]) or any(p.index == index for p in given)
         if not late:
             self._land_all(given)
-        self._hand_over(unit)
-        some_late, some_touched = self.client.all_reduce([float(late), float(touched)], "max")
-        if some_late:
-            # Another round, of all ranks.
+        rounds = self._hand_over(unit)
+        most, some_late, some_touched = self.client.all_reduce(
+            [float(rounds), float(late), float(touched)], "max"
+        )
+        # Ranks that take different paths are through with different numbers of rounds.
+        if some_late or rounds < most:
+            self._reduce_again(unit, given if late else [], int(most + some_late))
+        self.client.barrier()
+        return some_touched != 0
+
+    def reduce_or_make(self, index: int) -> None:
+        """As reduce(), but where no rank has a gradient, there is one of zeros from here on."""
+        if self.reduce(index):
+            return
+        managed = self.parameters[index]
+        # .grad must be of the parameter's own dtype; it is there only until it is landed.
+        managed.parameter.grad = torch.zeros_like(managed.parameter)
+        self._reduce_again(self._unit_of[index], [managed], 0)
+        self.client.barrier()
+
+    def _reduce_again(self, unit: int, late: list[ManagedParameter], until: int) -> None:
+        """Further rounds, one at least: all ranks end with `until` of them."""
+        rounds = 0
+        while rounds == 0 or rounds < until:
             self.client.reclaim(unit)
             self._scattered[unit] = 0
-            if late:
-                self._land_all(given)
-            self._hand_over(unit)
-            self.client.barrier()
-        return some_touched != 0
+            self._land_all(late)
+            late = []
+            rounds = self._hand_over(unit)
 
     def _land_all(self, members: list[ManagedParameter]) -> None:
         for managed in members:
             self._land(managed.index, managed.parameter)
 
-    def _hand_over(self, unit: int) -> None:
-        self.client.hand_over(unit)
+    def _hand_over(self, unit: int) -> int:
+        rounds: int = self.client.hand_over(unit)
         self._landed.pop(unit, None)
         self._open.pop(unit, None)
         self._scattered[unit] = 1
+        return rounds
 
     def check_frozen(self) -> None:
         for managed in self.parameters:

@@ -30,11 +30,14 @@ class Weights:
         # Kept: pieces that came and went between a model's copies would leave holes in the heap.
         self._scratch: torch.Tensor | None = None
 
-    def put(self, managed: ManagedParameter, values: torch.Tensor, kind: str = "master") -> None:
-        """A barrier orders it for other ranks. Of the weights: nobody may hold the unit."""
+    def put(
+        self, managed: ManagedParameter, values: torch.Tensor, kind: str = "master", begin: int = 0
+    ) -> None:
+        """From the parameter's element `begin` on. A barrier orders it for other ranks. Of the
+        weights: nobody may hold the unit."""
         flat = values.detach().reshape(-1)
-        for begin in range(0, flat.numel(), PIECE_ELEMENTS_MAX):
-            self._put_piece(managed, begin, flat[begin : begin + PIECE_ELEMENTS_MAX], kind)
+        for at in range(0, flat.numel(), PIECE_ELEMENTS_MAX):
+            self._put_piece(managed, begin + at, flat[at : at + PIECE_ELEMENTS_MAX], kind)
 
     def _put_piece(
         self, managed: ManagedParameter, begin: int, values: torch.Tensor, kind: str = "master"
@@ -59,26 +62,36 @@ class Weights:
         """In memory of its own, beside which it needs a piece. Needs no other rank."""
         values = constructors.empty(managed.shape, dtype=dtype)
         flat = values.view(-1)
-        direct = flat if dtype == torch.float32 else None
-        for begin, piece in self._pieces(managed, kind, direct):
-            if direct is None:
-                flat[begin : begin + piece.numel()].copy_(piece)
+        if dtype == torch.float32:
+            self.read_into(flat, managed, kind)
+            return values
+        for begin, piece in self._pieces(managed, kind):
+            flat[begin : begin + piece.numel()].copy_(piece)
         return values
 
+    def read_into(
+        self, out: torch.Tensor, managed: ManagedParameter, kind: str, begin: int = 0
+    ) -> None:
+        """The parameter's elements from `begin` on, as many as `out` has: fp32, contiguous, flat."""
+        view = self._views[managed.index]
+        for at in range(0, out.numel(), PIECE_ELEMENTS_MAX):
+            piece = out[at : at + PIECE_ELEMENTS_MAX]
+            first = view.offset + begin + at
+            self.client.read(view.unit, first, piece.data_ptr(), piece.numel(), kind)
+
     def _pieces(
-        self, managed: ManagedParameter, kind: str, into: torch.Tensor | None = None
+        self, managed: ManagedParameter, kind: str
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """(first element, up to PIECE_ELEMENTS_MAX values in fp32), which are good until anything
-        is read, or stay in `into`."""
+        is read."""
         elements = math.prod(managed.shape)
-        view = self._views[managed.index]
         if self._scratch is None:
             self._scratch = constructors.empty(PIECE_ELEMENTS_MAX, dtype=torch.float32)
         scratch = self._scratch
         for begin in range(0, elements, PIECE_ELEMENTS_MAX):
             count = min(elements - begin, PIECE_ELEMENTS_MAX)
-            piece = scratch[:count] if into is None else into[begin : begin + count]
-            self.client.read(view.unit, view.offset + begin, piece.data_ptr(), count, kind)
+            piece = scratch[:count]
+            self.read_into(piece, managed, kind, begin)
             yield begin, piece
 
     def adopt(self, write_initial: bool) -> None:

@@ -140,8 +140,8 @@ struct StepResult {
 };
 enum class ScalarOp { kSum, kMean, kMin, kMax };
 // The master copy, and the first, second and third tensor of the optimizer's state.
-// kGradient, which can be read alone: the sum of all ranks' gradients of the step under way, as far
-// as they were handed over for good and reduced (HandOver).
+// kGradient: the sum of all ranks' gradients of the step under way, as far as they were handed over
+// for good and reduced (HandOver). It is put where some rank had one; STEP uses it up.
 enum class StateKind { kMaster, kExpAvg, kExpAvgSq, kThird, kGradient };
 
 // Where the loss scale of an fp16 job stands, in the terms of DeepSpeed's DynamicLossScaler.
@@ -217,9 +217,11 @@ class ZEROD_EXPORT Client {
   // nothing.
   virtual absl::Status Scatter(uint32_t unit, bool last) = 0;
   // Scatter(unit, last) even where nothing was landed, so that no other rank waits for this one
-  // before Step. Once every rank has called it, and after a Barrier, the unit's gradient can be
-  // read on any; what is landed afterwards needs a Reclaim.
-  virtual absl::Status HandOver(uint32_t unit) = 0;
+  // before Step. What is landed afterwards needs a Reclaim. Returns the rounds of the unit that
+  // this rank is through with in this step. Once every rank is through with as many (a rank that
+  // is behind calls Reclaim and HandOver again), and after a Barrier, the unit's gradient can be
+  // read on any.
+  virtual absl::StatusOr<uint32_t> HandOver(uint32_t unit) = 0;
   // A backward pass is over. node_sum: what was landed in it and not scattered is handed over.
   // Gradients are added pass by pass, and no other rank waits any longer for more of this one.
   // per_rank: nothing happens.

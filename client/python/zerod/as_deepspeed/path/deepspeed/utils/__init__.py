@@ -14,8 +14,16 @@ _EXPORTS = {
     "safe_get_full_fp32_param": "zerod.fragments:safe_get_full_fp32_param",
     "safe_get_full_grad": "zerod.fragments:safe_get_full_grad",
     "safe_get_full_optimizer_state": "zerod.fragments:safe_get_full_optimizer_state",
+    "safe_get_local_fp32_param": "zerod.fragments:safe_get_local_fp32_param",
+    "safe_get_local_grad": "zerod.fragments:safe_get_local_grad",
+    "safe_get_local_optimizer_state": "zerod.fragments:safe_get_local_optimizer_state",
     "safe_set_full_fp32_param": "zerod.fragments:safe_set_full_fp32_param",
+    "safe_set_full_grad": "zerod.fragments:safe_set_full_grad",
     "safe_set_full_optimizer_state": "zerod.fragments:safe_set_full_optimizer_state",
+    "safe_set_local_fp32_param": "zerod.fragments:safe_set_local_fp32_param",
+    "safe_set_local_grad": "zerod.fragments:safe_set_local_grad",
+    "safe_set_local_optimizer_state": "zerod.fragments:safe_set_local_optimizer_state",
+    "safe_update_full_grad_vectorized": "zerod.fragments:safe_update_full_grad_vectorized",
     "logger": "zerod.as_deepspeed.entry:log",
     "set_log_level_from_string": "zerod.as_deepspeed.entry:set_log_level_from_string",
     "log_dist": "zerod.as_deepspeed.entry:log_dist",
@@ -25,12 +33,4 @@ _EXPORTS = {
     "instrument_w_nvtx": "zerod.as_deepspeed.entry:instrument_w_nvtx",
 }
 _SUBMODULES = ("groups", "logging", "tensor_fragment", "torch", "zero_to_fp32")
-_SLICE = "access to a rank's own slice: no rank has one"
-_GRADIENT = "setting gradients: they are the daemon's as soon as they are made"
-_NEVER = {
-    **{f"safe_{verb}_local_{what}": _SLICE
-       for verb in ("get", "set") for what in ("fp32_param", "grad", "optimizer_state")},
-    "safe_set_full_grad": _GRADIENT,
-    "safe_update_full_grad_vectorized": _GRADIENT,
-}
-__getattr__, __dir__ = face.names(__name__, _EXPORTS, submodules=_SUBMODULES, never=_NEVER)
+__getattr__, __dir__ = face.names(__name__, _EXPORTS, submodules=_SUBMODULES)
