@@ -191,7 +191,7 @@ def fragments(config: dict) -> dict:
 
 
 def set_gradients(config: dict) -> dict:
-    """A step whose gradients are what the script makes of them, between its micro-steps and after."""
+    """A step whose gradients the script makes, between its micro-steps and after them."""
     import zerod
     from zerod import fragments as f
 

@@ -6,9 +6,9 @@ rank calls it, outside of forward and backward, and rank 0's values become every
 weights and state needs no other rank, getting a gradient all of them.
 
 And `safe_get_local_*` and `safe_set_local_*`: a rank's part of a parameter as DeepSpeed's stage 3
-divides it, flat, ceil(elements / ranks) of them from rank * that on. Here no rank keeps such a part;
-it is read from and written to wherever it is, at any stage. What DeepSpeed pads the last parts with
-are zeros that go nowhere.
+divides it, flat, ceil(elements / ranks) of them from rank * that on. Here no rank keeps such a
+part; it is read from and written to wherever it is, at any stage. What DeepSpeed pads the last
+parts with are zeros that go nowhere.
 """
 
 import math

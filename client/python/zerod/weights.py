@@ -72,7 +72,7 @@ class Weights:
     def read_into(
         self, out: torch.Tensor, managed: ManagedParameter, kind: str, begin: int = 0
     ) -> None:
-        """The parameter's elements from `begin` on, as many as `out` has: fp32, contiguous, flat."""
+        """The parameter's elements from `begin` on, as many as `out` has; that is fp32 and flat."""
         view = self._views[managed.index]
         for at in range(0, out.numel(), PIECE_ELEMENTS_MAX):
             piece = out[at : at + PIECE_ELEMENTS_MAX]
