@@ -100,6 +100,11 @@ absl::Status Gradients::Land(uint32_t parameter, const void* gradient, DType dty
 
 absl::Status Gradients::Post(uint32_t u, bool last, uint64_t step) {
   Unit& unit = units_[u];
+  if (last && unit.rounds >= shm::kRoundsMax) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "the gradients of unit '", plan_.units[u].name, "' were completed ", unit.rounds,
+        " times in step ", step, ", as often as is possible: call step() in between"));
+  }
   shm::SubmitEntry entry{};
   entry.op = shm::Op::kScatter;
   entry.flags = last ? shm::kLast : 0;

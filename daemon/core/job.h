@@ -340,6 +340,7 @@ class Job {
   void OnPutOrRead(Waiter waiter, const StateRequest& request);
   absl::Status CheckRestore(const OptimizerProgress& progress) const;
   absl::Status MissingRank() const;
+  static absl::Status GradientBehindStep();
   ScalarWait& PostScalar(Waiter waiter, const ScalarValues& values);
   void ForgetScalars(SlotIndex slot);
   void Answer(Waiter waiter, absl::Status status, uint64_t result = 0);
@@ -349,7 +350,8 @@ class Job {
   void MaybeReportScalars();
   void AnswerReclaims(UnitIndex unit);
   void TellGradientRequests(UnitIndex unit);
-  void AnswerGradientRequests(UnitState* u, const absl::Status& status);
+  void AnswerGradientRequests(UnitState* u, const absl::Status& status,
+                              std::optional<SlotIndex> slot = std::nullopt);
   void CloseRounds(SlotIndex slot, uint32_t rounds);
   void PumpStaging(UnitIndex unit);
   void PumpRoom();

@@ -280,6 +280,8 @@ void Job::OnStep(SlotIndex slot, uint64_t cookie, Step step, const HyperParamete
       ++s.marks[u];
       s.unmarked[u] = false;
     }
+    // They would meet the norm of the step, or its gradients half used up.
+    AnswerGradientRequests(&units_[u], GradientBehindStep(), slot);
     if (spec_.node_sum) PumpStaging(u);
     MaybeReportGradients(u);
   }
@@ -372,6 +374,10 @@ void Job::OnPutOrRead(Waiter waiter, const StateRequest& request) {
   Pump();
 }
 
+absl::Status Job::GradientBehindStep() {
+  return absl::CancelledError("STEP was sent before the gradient was read or set");
+}
+
 void Job::TellGradientRequests(UnitIndex unit) {
   UnitState& u = units_[unit];
   std::vector<GradientRequest> later;
@@ -387,10 +393,18 @@ void Job::TellGradientRequests(UnitIndex unit) {
   u.gradient_requests = std::move(later);
 }
 
-void Job::AnswerGradientRequests(UnitState* u, const absl::Status& status) {
+// Of one slot alone, or of all.
+void Job::AnswerGradientRequests(UnitState* u, const absl::Status& status,
+                                 std::optional<SlotIndex> slot) {
+  std::vector<GradientRequest> others;
   for (const GradientRequest& r : std::exchange(u->gradient_requests, {})) {
-    Answer(r.waiter, status);
+    if (slot.value_or(r.waiter.slot) == r.waiter.slot) {
+      Answer(r.waiter, status);
+    } else {
+      others.push_back(r);
+    }
   }
+  u->gradient_requests = std::move(others);
 }
 
 void Job::OnScalar(SlotIndex slot, uint64_t cookie, const ScalarValues& values) {

@@ -396,8 +396,7 @@ void Job::ResetStep() {
     u.accumulated = false;
     u.staged.clear();
     AnswerAll(&u.reclaims, absl::CancelledError("STEP was sent before the reclaim was answered"));
-    AnswerGradientRequests(
-        &u, absl::CancelledError("STEP was sent before the gradient was read or set"));
+    AnswerGradientRequests(&u, GradientBehindStep());
     u.touched.assign(spec_.layout->units()[i].parameters.size(), false);
   }
   step_reported_ = false;

@@ -25,7 +25,7 @@ using Step = uint64_t;       // attempts of the optimizer, from 1; the version o
 using MemberSet = uint64_t;  // bit m = member m
 
 inline constexpr uint32_t kMembersMax = 64;
-inline constexpr uint32_t kRoundsMax = 255;  // reductions of one unit in one step
+inline constexpr uint32_t kRoundsMax = 255;  // reductions of one unit in one step; shm::kRoundsMax
 
 constexpr MemberSet AllMembers(uint32_t members) {
   return members >= 64 ? ~MemberSet{0} : (MemberSet{1} << members) - 1;

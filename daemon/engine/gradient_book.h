@@ -25,8 +25,8 @@ struct Source {
 };
 
 // For each parameter of a unit (Unit::parameters order): the gradients to be summed, in order.
-// None: nobody touched it; its gradient is zero. Immutable, any thread; what lies there is written
-// by SetRange alone.
+// None: nobody touched it; its gradient is zero. Immutable, any thread; of those that hold one,
+// SetRange alone writes what lies there.
 struct Sources {
   core::UnitIndex unit = 0;
   std::vector<absl::InlinedVector<Source, 4>> of;

@@ -89,9 +89,6 @@ class Put : public Movement {
   }
   // A copy that is always there, or a full master, takes all; else an owner takes its shard.
   Range Needs(MemberIndex m) const {
-    if (kind_ == core::StateKind::kGradient && c_.stage < 2) {  // ShardStore: they are full
-      return {0, c_.layout->units()[unit_].trainable_elements};
-    }
     if (kind_ != core::StateKind::kMaster) {
       if (!c_.store->full()) return c_.partition->TrainableShard(unit_, m);
       return {0, c_.layout->units()[unit_].trainable_elements};

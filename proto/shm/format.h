@@ -38,6 +38,7 @@ constexpr uint64_t StagedHeaderBytes(uint64_t parameters) {
   return (parameters + kStagedAlignBytes - 1) / kStagedAlignBytes * kStagedAlignBytes;
 }
 inline constexpr uint32_t kRingEntries = 256;  // power of two; bound on requests in flight
+inline constexpr uint32_t kRoundsMax = 255;    // SCATTERs of a unit with kLast in one step
 inline constexpr uint32_t kGroupsMax = 64;     // parameter groups of an optimizer
 inline constexpr uint32_t kTraceMax = 8192;    // gathers of one step that are remembered
 inline constexpr uint32_t kScalarsMax = 64;    // values of one SCALAR request

@@ -7,6 +7,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "proto/shm/format.h"
 #include "tests/client/fake_daemon.h"
 
 namespace zerod::client {
@@ -118,6 +119,18 @@ TEST(Values, RoundsAreCountedAsTheDaemonCountsThem) {
   ASSERT_TRUE(client->Reclaim(kA).ok());
   EXPECT_EQ(client->HandOver(kA).value(), 2u);
   EXPECT_EQ(client->HandOver(kB).value(), 2u);
+}
+
+TEST(Values, ThereIsALastRound) {
+  FakeDaemon daemon(FakeDaemon::MakePlan());
+  auto client = daemon.Attach();
+  for (uint32_t round = 1; round <= shm::kRoundsMax; ++round) {
+    ASSERT_EQ(client->HandOver(kA).value(), round);
+    ASSERT_TRUE(client->Reclaim(kA).ok());
+  }
+  const absl::Status status = client->HandOver(kA).status();
+  EXPECT_TRUE(absl::IsResourceExhausted(status));
+  EXPECT_THAT(std::string(status.message()), ::testing::HasSubstr("255 times"));
 }
 
 // The order is the client's here, the layout's there.

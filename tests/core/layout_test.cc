@@ -34,6 +34,7 @@ TEST(LayoutTest, AgreesWithTheFormat) {
   for (uint64_t parameters : {1, 64, 65, 1000}) {
     EXPECT_EQ(StagedHeaderBytes(parameters), shm::StagedHeaderBytes(parameters));
   }
+  EXPECT_EQ(kRoundsMax, shm::kRoundsMax);
   EXPECT_EQ(int(StateKind::kExpAvgSq), int(shm::StateKind::kExpAvgSq));
   EXPECT_EQ(int(StateKind::kGradient), int(shm::StateKind::kGradient));
   EXPECT_EQ(int(ScalarOp::kMax), int(shm::ScalarOp::kMax));

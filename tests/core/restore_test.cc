@@ -262,6 +262,21 @@ TEST_F(RestoreTest, AGradientIsSetBetweenItsReductions) {
   EXPECT_TRUE(absl::IsFailedPrecondition(Answer(14)));
 }
 
+// It would be written while the norm is computed, and be applied without being part of it.
+TEST_F(RestoreTest, AGradientThatIsStillToBeSetIsNotBehindItsStep) {
+  Make(Spec(1, 1));
+  Attach(1);
+  job_->OnScatter(0, 0, 1, 1, /*last=*/true, 0, {true});
+  job_->OnPut(0, 11, 1, 0, 10, StateKind::kGradient);
+  const std::vector<StartReduce> reduces = Take<StartReduce>();
+  ASSERT_EQ(reduces.size(), 1u);
+  job_->OnStep(0, 12, 1, Hyper(1), {});
+  EXPECT_TRUE(absl::IsCancelled(Answer(11)));
+  job_->OnEntryDone(reduces[0].seq, absl::OkStatus());
+  EXPECT_TRUE(Take<StartPut>().empty());
+  EXPECT_EQ(Take<ComputeNorm>().size(), 1u);
+}
+
 // A log that names what is not there ends the job, not the process.
 TEST(RestoreOfALog, IsChecked) {
   for (const bool state : {false, true}) {

@@ -243,6 +243,9 @@ def set_gradients(config: dict) -> dict:
          lambda p, v: f.safe_set_local_optimizer_state(p, v, "exp_avg_sq"),
          "own.weight", part("own.weight"))
     assert f.safe_get_local_grad(names["frozen.weight"]) is None
+    torch.set_default_dtype(torch.float64)
+    assert torch.equal(f.safe_get_local_fp32_param(names["last.bias"]), part("last.bias").float())
+    torch.set_default_dtype(torch.float32)
     result["errors"] = []
     for call in (lambda: f.safe_set_full_grad(names["own.weight"], torch.zeros(3)),
                  lambda: f.safe_set_local_grad(names["own.weight"], torch.zeros(3)),
@@ -251,9 +254,32 @@ def set_gradients(config: dict) -> dict:
             call()
         except ValueError as error:
             result["errors"].append(str(error))
+    result["refused"] = refuse_step(engine, names["own.weight"], backward)
     engine.client.barrier()
     engine.destroy()
     return result
+
+
+def refuse_step(engine, parameter, backward) -> str:
+    """What step() says where ranks disagree. Nothing of its gradients is left."""
+    from zerod import fragments as f
+
+    group = engine.optimizer.param_groups[0]
+    lr, group["lr"] = group["lr"], 0.1 * (1 + engine.global_rank)
+    for micro in range(engine.gradient_accumulation_steps()):
+        backward(micro)
+        if micro == 0:
+            engine.step()
+    try:
+        engine.step()
+        message = ""
+    except RuntimeError as error:
+        message = str(error)
+    group["lr"] = lr
+    assert f.safe_get_full_grad(parameter) is None
+    f.safe_set_full_grad(parameter, torch.ones(32, 32))
+    assert torch.equal(f.safe_get_full_grad(parameter), torch.ones(32, 32))
+    return message
 
 
 def refused_fragments(names: dict[str, torch.nn.Parameter]) -> list[str]:

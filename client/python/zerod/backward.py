@@ -296,18 +296,18 @@ class BackwardPass:
 
     def reduce_or_make(self, index: int) -> None:
         """As reduce(), but where no rank has a gradient, there is one of zeros from here on."""
-        if self.reduce(index):
-            return
-        managed = self.parameters[index]
-        # .grad must be of the parameter's own dtype; it is there only until it is landed.
-        managed.parameter.grad = torch.zeros_like(managed.parameter)
-        self._reduce_again(self._unit_of[index], [managed], 0)
-        self.client.barrier()
+        parameter = self.parameters[index].parameter
+        touched = bool(self._touched[index]) or parameter.grad is not None
+        (some_touched,) = self.client.all_reduce([float(touched)], "max")
+        if not some_touched:
+            # Of the parameter's own dtype, as .grad must be. The round that follows takes it.
+            parameter.grad = torch.zeros_like(parameter)
+        self.reduce(index)
 
     def _reduce_again(self, unit: int, late: list[ManagedParameter], until: int) -> None:
-        """Further rounds, one at least: all ranks end with `until` of them."""
+        """Further rounds: all ranks end with `until` of them."""
         rounds = 0
-        while rounds == 0 or rounds < until:
+        while rounds < until:
             self.client.reclaim(unit)
             self._scattered[unit] = 0
             self._land_all(late)

@@ -14,6 +14,7 @@ from zerod import at_exit, collectives, constructors, garbage, gathered
 from zerod.backward import BackwardPass
 from zerod.client_state import ClientState
 from zerod.copying import PlainCopies
+from zerod.errors import FailedPrecondition
 from zerod.further import Further
 from zerod.hooks import Gathering, Trace
 from zerod.launch import Launch
@@ -198,13 +199,17 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
         self.backward_pass.check_frozen()
         self.micro_steps += 1
         self._lr_kwargs = lr_kwargs or {}
-        result = self.client.step(
-            self.optimizer.groups(),
-            max_norm=self.gradient_clipping(),
-            loss_scale=self.client.loss_scale,
-            want_norm=self.want_grad_norm,
-            blob=self._state.capture(self._state_parts()),
-        )
+        try:
+            result = self.client.step(
+                self.optimizer.groups(),
+                max_norm=self.gradient_clipping(),
+                loss_scale=self.client.loss_scale,
+                want_norm=self.want_grad_norm,
+                blob=self._state.capture(self._state_parts()),
+            )
+        except FailedPrecondition:
+            self.backward_pass.committed()  # refused on every rank: its gradients are dropped
+            raise
         self.backward_pass.committed()
         self.gathering.end_step()
         self.versions.bump()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zerod import gathered
+from zerod import constructors, gathered
 from zerod.model import ManagedParameter
 
 if TYPE_CHECKING:
@@ -80,9 +80,14 @@ def _part(engine: "Engine", managed: ManagedParameter) -> tuple[int, int]:
     return begin, min(begin + size, elements)
 
 
+def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
+    """Of the type and in the memory that the client writes to, whatever the script's defaults."""
+    return constructors.empty(shape, dtype=torch.float32, device="cpu").zero_()
+
+
 def _read_part(engine: "Engine", managed: ManagedParameter, kind: str) -> torch.Tensor:
     begin, end = _part(engine, managed)
-    value = torch.zeros(_part_elements(engine, managed))
+    value = _zeros((_part_elements(engine, managed),))
     engine.weights.read_into(value[: end - begin], managed, kind, begin)
     return value
 
@@ -176,7 +181,7 @@ def _gradient(param: torch.Tensor, part: bool) -> torch.Tensor | None:
         return None
     engine, managed = found
     if engine.replaying:
-        return torch.zeros(_part_elements(engine, managed) if part else managed.shape)
+        return _zeros((_part_elements(engine, managed),) if part else managed.shape)
     if not engine.backward_pass.reduce(managed.index):
         return None
     if part:

@@ -141,7 +141,8 @@ struct StepResult {
 enum class ScalarOp { kSum, kMean, kMin, kMax };
 // The master copy, and the first, second and third tensor of the optimizer's state.
 // kGradient: the sum of all ranks' gradients of the step under way, as far as they were handed over
-// for good and reduced (HandOver). It is put where some rank had one; STEP uses it up.
+// for good and reduced (HandOver). STEP uses it up. It can be put where some rank landed one in
+// this step: what is put of another parameter may count in the norm and is not applied.
 enum class StateKind { kMaster, kExpAvg, kExpAvgSq, kThird, kGradient };
 
 // Where the loss scale of an fp16 job stands, in the terms of DeepSpeed's DynamicLossScaler.
