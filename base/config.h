@@ -320,7 +320,7 @@ struct Config {
     double linger_seconds = 600;               // how long state waits for trainers that died
     uint64_t window_bytes_max = 0;  // the window never grows beyond; 0: the whole layout's size
     uint64_t client_state_bytes_max = 8 << 20;  // bound on each client's state blob, 1..2^30
-    uint64_t staging_bytes = 0;                 // node_sum, per client; 0: two of the largest unit
+    uint64_t staging_bytes = 0;                 // node_sum, per client; 0: JobPlan decides
     std::string job;  // job id, [A-Za-z0-9._-]{1,128}; empty: ZEROD_JOB and so on
     std::string unused_parameters = "torch";   // "torch": not updated; "zero": DeepSpeed's
     std::optional<std::string> restart;  // "replay", "continue"; nothing: as the door says

@@ -217,7 +217,7 @@ void AppendZerodKeys(std::vector<ConfigKey>* keys) {
        .slot = SLOT(zerod.window_bytes_max), .min = 0, .max = kCountMax},
       {.path = "zerod.client_state_bytes_max", .note = "bound on each rank's own state",
        .slot = SLOT(zerod.client_state_bytes_max), .min = 1, .max = 1 << 30},
-      {.path = "zerod.staging_bytes", .note = "node_sum, per rank; 0: chosen from the largest unit",
+      {.path = "zerod.staging_bytes", .note = "node_sum, per rank; 0: 64 MiB or less",
        .slot = SLOT(zerod.staging_bytes), .min = 0, .max = kCountMax},
       {.path = "zerod.job", .note = "the job's id; empty: ZEROD_JOB, or the launcher's",
        .slot = SLOT(zerod.job), .form = TextForm::kJob},

@@ -16,6 +16,8 @@
 
 namespace zerod::client {
 
+constexpr uint64_t DTypeBytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
 struct UnitPlan {
   std::string name;
   uint64_t elements = 0;
@@ -46,6 +48,7 @@ struct AttachPlan {
   uint64_t window_chunks = 0;
   bool node_sum = false;
   uint64_t gradient_bytes = 0;
+  uint64_t staged_part_elements = 0;  // node_sum; a multiple of kParamAlignElements
   uint64_t transfer_bytes = 0;
   uint64_t blob_offset = 0;
   uint32_t stage = 0;

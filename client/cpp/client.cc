@@ -70,7 +70,7 @@ absl::Status ClientImpl::Start() {
   gradients_ = std::make_unique<Gradients>(&plan(), gradient_file_.data(),
                                            At<uint8_t>(submit_file_, submit_at.touched),
                                            requests_.get());
-  const uint64_t element_bytes = p.dtype == DType::kFloat32 ? 4 : 2;
+  const uint64_t element_bytes = DTypeBytes(p.dtype);
   for (const UnitPlan& unit : p.units) {
     units_.push_back({unit.name, unit.elements, unit.trainable_elements, unit.resident});
   }

@@ -16,6 +16,15 @@ namespace {
 
 uint64_t AlignUp(uint64_t n, uint64_t to) { return (n + to - 1) / to * to; }
 
+shm::SubmitEntry ScatterEntry(uint32_t unit, bool last, uint64_t step) {
+  shm::SubmitEntry entry{};
+  entry.op = shm::Op::kScatter;
+  entry.flags = last ? shm::kLast : 0;
+  entry.unit = unit;
+  entry.step = step;
+  return entry;
+}
+
 }  // namespace
 
 Gradients::Gradients(const AttachPlan* plan, std::byte* file, uint8_t* touched,
@@ -35,30 +44,11 @@ Gradients::Gradients(const AttachPlan* plan, std::byte* file, uint8_t* touched,
              std::pair(plan_.parameters[b].offset, plan_.parameters[b].touched);
     });
     for (uint32_t i = 0; i < unit.parameters.size(); ++i) place_[unit.parameters[i]] = i;
+    if (!plan_.node_sum) continue;
+    const uint64_t elements = plan_.units[&unit - units_.data()].trainable_elements;
+    const uint64_t parts = AlignUp(elements, plan_.staged_part_elements);
+    unit.slots.resize(std::max<uint64_t>(1, parts / plan_.staged_part_elements));
   }
-}
-
-uint64_t Gradients::HeaderBytes(const Unit& unit) const {
-  return shm::StagedHeaderBytes(unit.parameters.size());
-}
-
-uint64_t Gradients::SlotBytes(uint32_t unit) const {
-  return AlignUp(HeaderBytes(units_[unit]) + plan_.units[unit].trainable_elements * sizeof(float),
-                 shm::kStagedAlignBytes);
-}
-
-float* Gradients::Destination(uint32_t parameter) const {
-  const ParameterPlan& p = plan_.parameters[parameter];
-  const Unit& unit = units_[p.unit];
-  const uint64_t start = plan_.node_sum ? unit.offset + HeaderBytes(unit)
-                                        : plan_.units[p.unit].gradient_offset;
-  return reinterpret_cast<float*>(file_ + start) + p.offset;
-}
-
-uint8_t* Gradients::TouchedByte(uint32_t parameter) const {
-  const ParameterPlan& p = plan_.parameters[parameter];
-  if (!plan_.node_sum) return touched_ + p.touched;
-  return reinterpret_cast<uint8_t*>(file_ + units_[p.unit].offset) + place_[parameter];
 }
 
 absl::Status Gradients::Land(uint32_t parameter, const void* gradient, DType dtype,
@@ -76,22 +66,13 @@ absl::Status Gradients::Land(uint32_t parameter, const void* gradient, DType dty
         " are handed over already; keep this one and land it after Reclaim"));
   }
   RETURN_IF_ERROR(error_);
-  if (plan_.node_sum && !unit.open) RETURN_IF_ERROR(OpenSlot(p.unit, step));
-  float* to = Destination(parameter);
-  uint8_t* touched = TouchedByte(parameter);
-  if (*touched == 0) {
-    LandCopy(to, gradient, dtype, p.elements);
-    *touched = 1;
-    // A slot had other gradients before: the padding behind this one must count as zero.
-    if (plan_.node_sum) {
-      const uint64_t next = AlignUp(p.offset + p.elements, shm::kParamAlignElements);
-      const uint64_t end = std::min(next, plan_.units[p.unit].trainable_elements);
-      if (end > p.offset + p.elements) {
-        memset(to + p.elements, 0, (end - p.offset - p.elements) * sizeof(float));
-      }
-    }
+  if (plan_.node_sum) {
+    RETURN_IF_ERROR(LandInParts(parameter, static_cast<const std::byte*>(gradient), dtype, step));
   } else {
-    LandAdd(to, gradient, dtype, p.elements);
+    float* const to =
+        reinterpret_cast<float*>(file_ + plan_.units[p.unit].gradient_offset) + p.offset;
+    (touched_[p.touched] == 0 ? LandCopy : LandAdd)(to, gradient, dtype, p.elements);
+    touched_[p.touched] = 1;
   }
   unit.landed = true;
   landed_bytes_ += p.elements * sizeof(float);
@@ -105,18 +86,13 @@ absl::Status Gradients::Post(uint32_t u, bool last, uint64_t step) {
         "the gradients of unit '", plan_.units[u].name, "' were completed ", unit.rounds,
         " times in step ", step, ", as often as is possible: call step() in between"));
   }
-  shm::SubmitEntry entry{};
-  entry.op = shm::Op::kScatter;
-  entry.flags = last ? shm::kLast : 0;
-  entry.unit = u;
-  entry.step = step;
   if (!plan_.node_sum) {
-    RETURN_IF_ERROR(requests_->PostUnanswered(entry));
+    RETURN_IF_ERROR(requests_->PostUnanswered(ScatterEntry(u, last, step)));
   } else {
-    entry.arg0 = unit.offset;
-    ASSIGN_OR_RETURN(const uint64_t cookie, requests_->Post(entry));
-    in_flight_.push_back({cookie, unit.offset, SlotBytes(u)});
-    unit.open = false;
+    const std::vector<Part> open = OpenPartsOf(u);
+    for (size_t i = 0; i < open.size(); ++i) {
+      RETURN_IF_ERROR(PostSlot(open[i], last && i + 1 == open.size(), step));
+    }
   }
   unit.posted = unit.posted || last;
   unit.rounds += last ? 1 : 0;
@@ -129,7 +105,7 @@ absl::Status Gradients::Scatter(uint32_t u, bool last, uint64_t step) {
   RETURN_IF_ERROR(TakeAnswers());
   RETURN_IF_ERROR(error_);
   // Without a gradient there is nothing to hand over; STEP says that none comes.
-  const bool something = plan_.node_sum ? unit.open : unit.landed && last;
+  const bool something = plan_.node_sum ? !OpenPartsOf(u).empty() : unit.landed && last;
   if (something) RETURN_IF_ERROR(Post(u, last, step));
   unit.last = last;
   return absl::OkStatus();
@@ -140,7 +116,7 @@ absl::StatusOr<uint32_t> Gradients::HandOver(uint32_t u, uint64_t step) {
   if (unit.last && unit.posted) return unit.rounds;
   RETURN_IF_ERROR(TakeAnswers());
   RETURN_IF_ERROR(error_);
-  if (plan_.node_sum && !unit.open) RETURN_IF_ERROR(OpenSlot(u, step));
+  if (plan_.node_sum && OpenPartsOf(u).empty()) RETURN_IF_ERROR(OpenSlot({u, 0}, step));
   RETURN_IF_ERROR(Post(u, /*last=*/true, step));
   unit.last = true;
   return unit.rounds;
@@ -150,9 +126,7 @@ absl::Status Gradients::EndMicroStep(uint64_t step) {
   if (!plan_.node_sum) return absl::OkStatus();
   RETURN_IF_ERROR(TakeAnswers());
   // What is open belongs to this micro-step, and is added in its place.
-  while (const std::optional<uint32_t> open = OldestOpen()) {
-    RETURN_IF_ERROR(Post(*open, /*last=*/false, step));
-  }
+  while (!open_.empty()) RETURN_IF_ERROR(PostSlot(open_.front(), /*last=*/false, step));
   shm::SubmitEntry entry{};
   entry.op = shm::Op::kMicroStep;
   entry.step = step;
@@ -181,7 +155,7 @@ absl::Status Gradients::Reclaim(uint32_t u, uint64_t step) {
     RETURN_IF_ERROR(answer->status);
     // What lies there was consumed; a later landing starts afresh.
     if (!plan_.node_sum && answer->result == 1) {
-      for (uint32_t p : unit.parameters) *TouchedByte(p) = 0;
+      for (uint32_t p : unit.parameters) touched_[plan_.parameters[p].touched] = 0;
       unit.landed = false;
     }
   }
@@ -202,25 +176,111 @@ absl::Status Gradients::ScatterRest(uint64_t step) {
 absl::Status Gradients::EndStep() {
   for (Unit& unit : units_) {
     if (unit.landed && !plan_.node_sum) {
-      for (uint32_t p : unit.parameters) *TouchedByte(p) = 0;
+      for (uint32_t p : unit.parameters) touched_[plan_.parameters[p].touched] = 0;
     }
     if (unit.reclaim != 0) requests_->Abandon(unit.reclaim);
-    unit.landed = unit.last = unit.posted = unit.open = false;
+    unit.landed = unit.last = unit.posted = false;
+    for (Slot& slot : unit.slots) slot.open = false;
     unit.rounds = 0;
     unit.reclaim = 0;
   }
+  open_.clear();
   error_ = absl::OkStatus();
   return TakeAnswers();
 }
 
-// --- node_sum ---------------------------------------------------------------------------------
+// --- node_sum: parts and slots ----------------------------------------------------------------
+
+uint64_t Gradients::PartEnd(Part part) const {
+  return std::min(PartBegin(part) + plan_.staged_part_elements,
+                  plan_.units[part.unit].trainable_elements);
+}
+
+uint64_t Gradients::HeaderBytes(const Unit& unit) const {
+  return shm::StagedHeaderBytes(unit.parameters.size());
+}
+
+uint64_t Gradients::SlotBytes(Part part) const {
+  return AlignUp(HeaderBytes(units_[part.unit]) + (PartEnd(part) - PartBegin(part)) * sizeof(float),
+                 shm::kStagedAlignBytes);
+}
+
+std::vector<Gradients::Part> Gradients::OpenPartsOf(uint32_t unit) const {
+  std::vector<Part> open;
+  for (uint32_t i = 0; i < units_[unit].slots.size(); ++i) {
+    if (units_[unit].slots[i].open) open.push_back({unit, i});
+  }
+  return open;
+}
+
+// All parts but the last leave at once, so that a large parameter takes no more staging than a
+// small one. The last one waits for the rest of its unit, and for the mark.
+absl::Status Gradients::LandInParts(uint32_t parameter, const std::byte* gradient, DType dtype,
+                                    uint64_t step) {
+  const ParameterPlan& p = plan_.parameters[parameter];
+  const auto parts = static_cast<uint32_t>(units_[p.unit].slots.size());
+  const auto part_of = [&](uint64_t element) {
+    return std::min(static_cast<uint32_t>(element / plan_.staged_part_elements), parts - 1);
+  };
+  const uint32_t first = part_of(p.offset);
+  const uint32_t last = p.elements == 0 ? first : part_of(p.offset + p.elements - 1);
+  for (Part part{p.unit, first}; part.part <= last; ++part.part) {
+    absl::Status status;
+    if (!SlotOf(part).open) status = OpenSlot(part, step);
+    if (status.ok()) {
+      LandPart(parameter, part, gradient, dtype);
+      if (part.part < last) status = PostSlot(part, /*last=*/false, step);
+    }
+    if (status.ok()) continue;
+    if (part.part > first && error_.ok()) {
+      error_ = absl::FailedPreconditionError(absl::StrCat(
+          "the gradient of parameter '", p.name, "' was interrupted while it was handed over (",
+          status.message(), "), so step ", step, " cannot be completed: start this rank again"));
+    }
+    return status;
+  }
+  return absl::OkStatus();
+}
+
+// Lands what lies in `part`, whose slot is open.
+void Gradients::LandPart(uint32_t parameter, Part part, const std::byte* gradient, DType dtype) {
+  const ParameterPlan& p = plan_.parameters[parameter];
+  const Unit& unit = units_[part.unit];
+  std::byte* const slot = file_ + SlotOf(part).offset;
+  auto* const touched = reinterpret_cast<uint8_t*>(slot) + place_[parameter];
+  auto* const elements = reinterpret_cast<float*>(slot + HeaderBytes(unit));
+  const uint64_t begin = std::max(p.offset, PartBegin(part));
+  const uint64_t end = std::min(p.offset + p.elements, PartEnd(part));
+  float* const to = elements + (begin - PartBegin(part));
+  const std::byte* const from = gradient + (begin - p.offset) * DTypeBytes(dtype);
+  if (*touched != 0) return LandAdd(to, from, dtype, end - begin);
+  LandCopy(to, from, dtype, end - begin);
+  *touched = 1;
+  // A slot had other gradients before: the padding behind this one must count as zero.
+  const uint64_t next = std::min(AlignUp(end, shm::kParamAlignElements), PartEnd(part));
+  memset(to + (end - begin), 0, (next - end) * sizeof(float));
+}
+
+absl::Status Gradients::PostSlot(Part part, bool last, uint64_t step) {
+  Slot& slot = SlotOf(part);
+  shm::SubmitEntry entry = ScatterEntry(part.unit, last, step);
+  entry.arg0 = slot.offset;
+  entry.arg1 = part.part;
+  ASSIGN_OR_RETURN(const uint64_t cookie, requests_->Post(entry));
+  in_flight_.push_back({cookie, slot.offset, SlotBytes(part)});
+  slot.open = false;
+  std::erase_if(open_, [&](Part other) {
+    return other.unit == part.unit && other.part == part.part;
+  });
+  return absl::OkStatus();
+}
+
+// --- node_sum: room ---------------------------------------------------------------------------
 
 std::optional<uint64_t> Gradients::FindRoom(uint64_t bytes) const {
   std::vector<std::pair<uint64_t, uint64_t>> taken;
   for (const InFlight& slot : in_flight_) taken.emplace_back(slot.offset, slot.bytes);
-  for (uint32_t u = 0; u < units_.size(); ++u) {
-    if (units_[u].open) taken.emplace_back(units_[u].offset, SlotBytes(u));
-  }
+  for (Part part : open_) taken.emplace_back(SlotOf(part).offset, SlotBytes(part));
   std::sort(taken.begin(), taken.end());
   uint64_t start = 0;
   for (const auto& [offset, length] : taken) {
@@ -263,35 +323,22 @@ absl::Status Gradients::AwaitAnswer() {
 // Moves the open slots to the front: they are this client's alone until they are posted.
 // REQUIRES: nothing is in flight.
 void Gradients::Compact() {
-  std::vector<uint32_t> open;
-  for (uint32_t u = 0; u < units_.size(); ++u) {
-    if (units_[u].open) open.push_back(u);
-  }
+  std::vector<Part> open = open_;
   std::sort(open.begin(), open.end(),
-            [&](uint32_t a, uint32_t b) { return units_[a].offset < units_[b].offset; });
+            [&](Part a, Part b) { return SlotOf(a).offset < SlotOf(b).offset; });
   uint64_t start = 0;
-  for (uint32_t u : open) {
-    memmove(file_ + start, file_ + units_[u].offset, SlotBytes(u));
-    units_[u].offset = start;
-    start += SlotBytes(u);
+  for (Part part : open) {
+    memmove(file_ + start, file_ + SlotOf(part).offset, SlotBytes(part));
+    SlotOf(part).offset = start;
+    start += SlotBytes(part);
   }
 }
 
-// The unit whose open slot was opened first.
-std::optional<uint32_t> Gradients::OldestOpen() const {
-  std::optional<uint32_t> oldest;
-  for (uint32_t u = 0; u < units_.size(); ++u) {
-    if (!units_[u].open) continue;
-    if (!oldest.has_value() || units_[u].opened < units_[*oldest].opened) oldest = u;
-  }
-  return oldest;
-}
-
-absl::Status Gradients::OpenSlot(uint32_t u, uint64_t step) {
-  const uint64_t bytes = SlotBytes(u);
+absl::Status Gradients::OpenSlot(Part part, uint64_t step) {
+  const uint64_t bytes = SlotBytes(part);
   if (bytes > plan_.gradient_bytes) {
     return absl::ResourceExhaustedError(absl::StrCat(
-        "the gradient of unit '", plan_.units[u].name, "' needs ", bytes,
+        "a part of the gradient of unit '", plan_.units[part.unit].name, "' needs ", bytes,
         " bytes of staging and there are ", plan_.gradient_bytes,
         "; set zerod.staging_bytes to at least the former"));
   }
@@ -300,11 +347,9 @@ absl::Status Gradients::OpenSlot(uint32_t u, uint64_t step) {
   // that depends on time, so the order of sums is the same in every run.
   for (;;) {
     uint64_t open_bytes = 0;
-    for (uint32_t other = 0; other < units_.size(); ++other) {
-      if (units_[other].open) open_bytes += SlotBytes(other);
-    }
+    for (Part other : open_) open_bytes += SlotBytes(other);
     if (open_bytes + bytes <= plan_.gradient_bytes) break;
-    RETURN_IF_ERROR(Post(*OldestOpen(), /*last=*/false, step));
+    RETURN_IF_ERROR(PostSlot(open_.front(), /*last=*/false, step));
   }
   std::optional<uint64_t> room = FindRoom(bytes);
   while (!room.has_value() && !in_flight_.empty()) {
@@ -315,11 +360,11 @@ absl::Status Gradients::OpenSlot(uint32_t u, uint64_t step) {
     Compact();
     room = FindRoom(bytes);
   }
-  Unit& unit = units_[u];
-  unit.offset = *room;
-  unit.open = true;
-  unit.opened = ++opened_;
-  memset(file_ + unit.offset, 0, HeaderBytes(unit));
+  Slot& slot = SlotOf(part);
+  slot.offset = *room;
+  slot.open = true;
+  open_.push_back(part);
+  memset(file_ + slot.offset, 0, HeaderBytes(units_[part.unit]));
   return absl::OkStatus();
 }
 

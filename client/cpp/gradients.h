@@ -3,9 +3,9 @@
 // Gradients on their way to the daemon, under both plans (docs/formats/window.md).
 //   per_rank  the gradient file holds a whole fp32 gradient; micro-steps are added in place, and
 //             only the last scatter of a unit is a request.
-//   node_sum  the gradient file is bounded staging: each (unit, pass) takes a slot of
-//             [touched bytes, padded to 64][fp32 elements], each scatter is a request, and its
-//             answer frees the slot.
+//   node_sum  the gradient file is bounded staging: each (part of a unit's elements, pass) takes a
+//             slot of [touched bytes, padded to 64][fp32 elements], each scatter is a request, and
+//             its answer frees the slot. A parameter of several parts leaves part by part.
 #pragma once
 
 #include <cstddef>
@@ -43,6 +43,14 @@ class Gradients {
   double wait_seconds() const { return wait_seconds_; }
 
  private:
+  struct Part {  // of a unit's trainable elements
+    uint32_t unit = 0;
+    uint32_t part = 0;
+  };
+  struct Slot {
+    bool open = false;
+    uint64_t offset = 0;
+  };
   struct Unit {
     std::vector<uint32_t> parameters;  // by offset
     bool landed = false;   // something, in this step
@@ -50,10 +58,7 @@ class Gradients {
     bool posted = false;   // and the daemon was told
     uint32_t rounds = 0;   // as the daemon counts them: Job::CloseRounds
     uint64_t reclaim = 0;  // cookie of a RECLAIM that was interrupted
-    // node_sum: the slot being landed in.
-    bool open = false;
-    uint64_t offset = 0;
-    uint64_t opened = 0;   // order of opening
+    std::vector<Slot> slots;  // node_sum: those being landed in, one for each part
   };
   struct InFlight {  // node_sum: a slot that the daemon has not added yet
     uint64_t cookie = 0;
@@ -62,15 +67,21 @@ class Gradients {
   };
 
   uint64_t HeaderBytes(const Unit& unit) const;
-  uint64_t SlotBytes(uint32_t unit) const;
-  float* Destination(uint32_t parameter) const;
-  uint8_t* TouchedByte(uint32_t parameter) const;
   absl::Status Post(uint32_t unit, bool last, uint64_t step);
   // node_sum.
-  absl::Status OpenSlot(uint32_t unit, uint64_t step);
+  uint64_t PartBegin(Part part) const { return part.part * plan_.staged_part_elements; }
+  uint64_t PartEnd(Part part) const;
+  uint64_t SlotBytes(Part part) const;
+  Slot& SlotOf(Part part) { return units_[part.unit].slots[part.part]; }
+  const Slot& SlotOf(Part part) const { return units_[part.unit].slots[part.part]; }
+  std::vector<Part> OpenPartsOf(uint32_t unit) const;  // in their order
+  absl::Status LandInParts(uint32_t parameter, const std::byte* gradient, DType dtype,
+                           uint64_t step);
+  void LandPart(uint32_t parameter, Part part, const std::byte* gradient, DType dtype);
+  absl::Status PostSlot(Part part, bool last, uint64_t step);
+  absl::Status OpenSlot(Part part, uint64_t step);
   std::optional<uint64_t> FindRoom(uint64_t bytes) const;
   absl::Status TakeAnswers();
-  std::optional<uint32_t> OldestOpen() const;
   absl::Status AwaitAnswer();
   void Compact();
 
@@ -81,7 +92,7 @@ class Gradients {
   std::vector<Unit> units_;
   std::vector<uint32_t> place_;  // per parameter: its place among its unit's parameters
   std::vector<InFlight> in_flight_;
-  uint64_t opened_ = 0;
+  std::vector<Part> open_;  // in order of opening
   absl::Status error_;  // of a scatter whose answer came later; sticky within the step
   uint64_t landed_bytes_ = 0;
   double wait_seconds_ = 0;

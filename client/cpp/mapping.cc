@@ -16,7 +16,6 @@
 namespace zerod::client {
 namespace {
 
-uint64_t ElementBytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 absl::Status MapError(absl::string_view what, int error) {
   if (error == ENOMEM) {
@@ -109,9 +108,9 @@ absl::StatusOr<std::shared_ptr<AddressSpace>> AddressSpace::Create(const AttachP
   }
   for (const ParameterPlan& parameter : plan.parameters) {
     const uint64_t begin = plan.units[parameter.unit].first_chunk * shm::kChunkBytes +
-                           parameter.offset * ElementBytes(plan.dtype);
+                           parameter.offset * DTypeBytes(plan.dtype);
     faults.parameters.push_back(
-        {begin, begin + parameter.elements * ElementBytes(plan.dtype), parameter.name});
+        {begin, begin + parameter.elements * DTypeBytes(plan.dtype), parameter.name});
   }
   std::sort(faults.parameters.begin(), faults.parameters.end(),
             [](const auto& a, const auto& b) { return a.begin < b.begin; });

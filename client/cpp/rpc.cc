@@ -121,6 +121,12 @@ absl::StatusOr<AttachPlan> ReadPlan(const AttachOptions& options,
       response.gradient_plan() != v1::GRADIENT_PLAN_NODE_SUM) {
     return Damaged(absl::StrCat("gradient plan ", response.gradient_plan()));
   }
+  if (response.gradient_plan() == v1::GRADIENT_PLAN_NODE_SUM &&
+      (response.staged_part_elements() == 0 ||
+       response.staged_part_elements() % shm::kParamAlignElements != 0)) {
+    return Damaged(absl::StrCat("gradients are staged in parts of ",
+                                response.staged_part_elements(), " elements"));
+  }
   if (response.blob_offset() > response.transfer_bytes() || response.blob_offset() < 4) {
     return Damaged(absl::StrCat("the blob area is at ", response.blob_offset(), " of ",
                                 response.transfer_bytes()));
@@ -133,6 +139,7 @@ absl::StatusOr<AttachPlan> ReadPlan(const AttachOptions& options,
   plan.window_chunks = response.window_chunks();
   plan.node_sum = response.gradient_plan() == v1::GRADIENT_PLAN_NODE_SUM;
   plan.gradient_bytes = response.gradient_bytes();
+  plan.staged_part_elements = response.staged_part_elements();
   plan.transfer_bytes = response.transfer_bytes();
   plan.blob_offset = response.blob_offset();
   plan.stage = response.stage();

@@ -20,6 +20,7 @@ Job::Job(JobSpec spec, WindowPort* window)
   CHECK(spec_.members >= 1 && spec_.members <= kMembersMax && spec_.self < spec_.members);
   slots_.resize(spec_.local_world);
   units_.resize(units);
+  if (spec_.node_sum) aside_max_ = AsideBytesMax(*spec_.layout, spec_.staged_part_elements);
   progress_.parameter_steps.resize(spec_.layout->parameters().size(), 0);
   left_.resize(spec_.world, false);
   if (spec_.loss_scale.has_value()) {
@@ -80,7 +81,10 @@ absl::Status Job::OnAttach(SlotIndex slot, Rank rank) {
   s.rank = rank;
   s.marks.assign(units_.size(), 0);
   s.unmarked.assign(units_.size(), false);
-  s.indices.assign(units_.size(), 0);
+  s.indices.clear();
+  for (const Unit& unit : spec_.layout->units()) {
+    s.indices.emplace_back(StagedParts(unit, spec_.staged_part_elements));
+  }
   Tell(ClientAttached{rank});
   Pump();
   return absl::OkStatus();

@@ -43,6 +43,7 @@ struct JobSpec {
   uint32_t local_world = 1;       // clients of this node
   uint32_t stage = 0;
   bool node_sum = false;          // the gradient plan; false: per_rank
+  uint64_t staged_part_elements = uint64_t{1} << 40;  // node_sum: JobPlan's
   bool sum_gradients = false;     // the ranks' gradients are added, else their mean is taken
   bool skip_nonfinite = false;
   std::optional<LossScaleSpec> loss_scale;  // nothing: clients say what they scaled by
@@ -187,6 +188,10 @@ using Action =
                  StartSetAside, DropAside, ComputeNorm, CommitBlobs, StartApply, StartMeasure,
                  StartPut, StartRead, DropGradients, End>;
 
+// node_sum: how much is set aside at most, one gradient of the node with each parameter by itself, in
+// whole pages and parts.
+uint64_t AsideBytesMax(const Layout& layout, uint64_t part_elements);
+
 enum class JobState : uint8_t { kForming, kRunning, kFailed, kEnded };
 
 class Job {
@@ -203,9 +208,10 @@ class Job {
   void OnClientGone(SlotIndex slot, const std::string& reason);
   void OnGather(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step);
   void OnRelease(SlotIndex slot, UnitIndex unit);
-  // `touched`: per parameter of the unit (Unit::parameters order), what this scatter carries.
+  // `touched`: per parameter of the unit (Unit::parameters order), what this scatter carries, all
+  // of it or under node_sum what lies in this part of the unit.
   void OnScatter(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step, bool last,
-                 uint64_t staging_offset, const std::vector<bool>& touched);
+                 uint64_t staging_offset, const std::vector<bool>& touched, uint32_t part = 0);
   // A backward pass of this client is over: what it scatters from here on is of the next one.
   void OnMicroStep(SlotIndex slot, Step step);
   // node_sum: the client has no room in its staging: it waits for the answer to any scatter.
@@ -276,9 +282,11 @@ class Job {
     uint64_t scalars = 0;          // posted in this generation
     std::vector<uint8_t> marks;    // per unit: rounds closed in this step, by SCATTER or RECLAIM
     std::vector<bool> unmarked;    // per unit: scattered since the last mark
-    // node_sum. Where the next scatter belongs: (micro_steps, indices[unit]) of round marks + 1.
+    // node_sum. Where the next scatter belongs: (micro_steps, indices[unit][part]) of round
+    // marks + 1.
     uint64_t micro_steps = 0;        // ended in this step
-    std::vector<uint32_t> indices;   // per unit: scatters in this micro-step and round
+    // Per unit and part of it: scatters in this micro-step and round.
+    std::vector<std::vector<uint32_t>> indices;
     bool wants_room = false;         // waits for the answer to any of its scatters
     size_t cursor = 0;             // where in the forecast it was last seen
   };
@@ -299,12 +307,13 @@ class Job {
     uint64_t offset = 0;  // in the client's staging
     uint32_t round = 0;
     uint64_t micro_step = 0;
-    uint32_t index = 0;   // in the micro-step and round
+    uint32_t part = 0;    // of the unit
+    uint32_t index = 0;   // in the micro-step and round, of this part
     uint64_t bytes = 0;   // of what was touched, in whole pages
     uint64_t order = 0;   // of coming, among all of this member
     uint64_t aside = 0;   // not 0: set aside under this number, or on its way there
     bool moving = false;  // on its way there
-    auto Key() const { return std::make_tuple(round, micro_step, index, slot); }
+    auto Key() const { return std::make_tuple(round, micro_step, index, slot, part); }
   };
   struct GradientRequest {  // PUT or READ of it
     Waiter waiter;
@@ -358,7 +367,7 @@ class Job {
   Staged* OldestInStaging(SlotIndex slot, UnitIndex* unit);
   uint64_t AsideMax(const Slot& slot) const;
   void ForgetStaged(UnitState* u, const absl::Status& why);
-  uint64_t TouchedBytes(UnitIndex unit, const std::vector<bool>& touched) const;
+  uint64_t TouchedBytes(UnitIndex unit, uint32_t part, const std::vector<bool>& touched) const;
   bool Passed(const Slot& slot, UnitIndex unit, const Staged& s, uint32_t index) const;
   bool Ready(UnitIndex unit, const Staged& s) const;
   bool Waits(UnitIndex unit, const Staged& s) const;
@@ -428,6 +437,7 @@ class Job {
   std::deque<ScalarWait> scalars_;
   uint64_t scatters_ = 0;       // node_sum: so far, for Staged::order
   uint64_t asides_ = 0;         // numbers given to what was set aside
+  uint64_t aside_max_ = 0;      // AsideBytesMax
   uint64_t aside_bytes_ = 0;    // set aside now, or on its way there
   uint32_t setting_aside_ = 0;  // on their way there
   bool step_reported_ = false;

@@ -3,12 +3,12 @@
 // Gradients: rounds and what becomes of them, and under node_sum the order in which they reach the
 // node's accumulator.
 //
-// node_sum. Staging is bounded, and the order of a unit's sum is fixed: round, micro-step, index
-// within the micro-step, rank. So a gradient may have to wait for another rank: until that one has
-// handed over what comes before, or cannot any more. It cannot once its micro-step is over, so
-// ranks that take different paths wait for each other's micro-step at most. And where a client has
-// no room left, what waits is set aside, so that it goes on: a rank that others wait for (in a
-// collective of the script's own) is not kept waiting itself.
+// node_sum. Staging is bounded, and the order of each sum is fixed: round, micro-step, index within
+// the micro-step, rank, for each part of a unit by itself. So a gradient may have to wait for
+// another rank: until that one has handed over what comes before, or cannot any more. It cannot
+// once its micro-step is over, so ranks that take different paths wait for each other's micro-step
+// at most. And where a client has no room left, what waits is set aside, so that it goes on: a rank
+// that others wait for (in a collective of the script's own) is not kept waiting itself.
 #include <algorithm>
 #include <utility>
 
@@ -27,16 +27,33 @@ uint64_t Pages(uint64_t bytes) {
 
 }  // namespace
 
+uint64_t AsideBytesMax(const Layout& layout, uint64_t part_elements) {
+  uint64_t bytes = 0;
+  for (const Unit& unit : layout.units()) {
+    for (uint32_t part = 0; part < StagedParts(unit, part_elements); ++part) {
+      const Range range = StagedPart(unit, part_elements, part);
+      for (uint32_t index : unit.parameters) {
+        const Parameter& p = layout.parameters()[index];
+        const Range here = Intersect(range, {p.offset, p.offset + p.elements});
+        if (!here.empty()) bytes += Pages(here.size() * sizeof(float));
+      }
+    }
+  }
+  return bytes;
+}
+
 void Job::OnScatter(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step, bool last,
-                    uint64_t staging_offset, const std::vector<bool>& touched) {
+                    uint64_t staging_offset, const std::vector<bool>& touched, uint32_t part) {
   if (!Attached(slot)) return;
   absl::Status status = CheckUnitAndStep(unit, step);
   Slot& s = slots_[slot];
   if (status.ok() && s.stepped) {
     status = absl::FailedPreconditionError("a scatter after STEP and before its answer");
   } else if (status.ok() && (s.marks[unit] >= kRoundsMax ||
-                             touched.size() != units_[unit].touched.size())) {
-    status = absl::InvalidArgumentError("too many scatters, or touched bits of another size");
+                             touched.size() != units_[unit].touched.size() ||
+                             part >= s.indices[unit].size())) {
+    status = absl::InvalidArgumentError(
+        "too many scatters, no such part, or touched bits of another size");
   }
   if (status.ok()) status = MissingRank();
   if (!status.ok()) return Answer({slot, cookie}, status);
@@ -47,7 +64,7 @@ void Job::OnScatter(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step, 
   const bool something = std::find(touched.begin(), touched.end(), true) != touched.end();
   if (spec_.node_sum && something) {
     Staged staged{slot, cookie, staging_offset, s.marks[unit] + 1u, s.micro_steps,
-                  s.indices[unit]++, TouchedBytes(unit, touched), ++scatters_};
+                  part, s.indices[unit][part]++, TouchedBytes(unit, part, touched), ++scatters_};
     auto place = std::upper_bound(
         u.staged.begin(), u.staged.end(), staged,
         [](const Staged& a, const Staged& b) { return a.Key() < b.Key(); });
@@ -56,13 +73,13 @@ void Job::OnScatter(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step, 
     u.staged.insert(place, staged);
     s.unmarked[unit] = true;
   } else {
-    if (spec_.node_sum) ++s.indices[unit];
+    if (spec_.node_sum) ++s.indices[unit][part];
     Answer({slot, cookie}, absl::OkStatus());
   }
   if (last) {
     ++s.marks[unit];
     s.unmarked[unit] = false;
-    s.indices[unit] = 0;
+    std::fill(s.indices[unit].begin(), s.indices[unit].end(), 0);
   }
   if (spec_.node_sum) PumpStaging(unit);
   MaybeReportGradients(unit);
@@ -74,7 +91,7 @@ void Job::OnMicroStep(SlotIndex slot, Step step) {
   Slot& s = slots_[slot];
   if (s.stepped) return;
   ++s.micro_steps;
-  std::fill(s.indices.begin(), s.indices.end(), 0);
+  for (auto& parts : s.indices) std::fill(parts.begin(), parts.end(), 0);
   for (UnitIndex u = 0; u < units_.size(); ++u) PumpStaging(u);
   PumpRoom();
   Pump();
@@ -82,12 +99,12 @@ void Job::OnMicroStep(SlotIndex slot, Step step) {
 
 // --- node_sum: the order ---------------------------------------------------------------------
 
-// True when `slot` will hand over nothing more of `unit` before (round and micro-step of `s`,
-// `index`).
+// True when `slot` will hand over nothing more of this part of `unit` before (round and micro-step
+// of `s`, `index`).
 bool Job::Passed(const Slot& slot, UnitIndex unit, const Staged& s, uint32_t index) const {
   if (slot.stepped || slot.marks[unit] >= s.round) return true;
   return slot.marks[unit] + 1u == s.round &&
-         std::make_pair(slot.micro_steps, slot.indices[unit]) >=
+         std::make_pair(slot.micro_steps, slot.indices[unit][s.part]) >=
              std::make_pair(s.micro_step, index);
 }
 
@@ -146,11 +163,13 @@ void Job::OnMakeRoom(SlotIndex slot) {
   Pump();
 }
 
-uint64_t Job::TouchedBytes(UnitIndex unit, const std::vector<bool>& touched) const {
-  const std::vector<uint32_t>& parameters = spec_.layout->units()[unit].parameters;
+uint64_t Job::TouchedBytes(UnitIndex u, uint32_t part, const std::vector<bool>& touched) const {
+  const Unit& unit = spec_.layout->units()[u];
+  const Range range = StagedPart(unit, spec_.staged_part_elements, part);
   uint64_t elements = 0;
-  for (size_t i = 0; i < parameters.size(); ++i) {
-    if (touched[i]) elements += spec_.layout->parameters()[parameters[i]].elements;
+  for (size_t i = 0; i < unit.parameters.size(); ++i) {
+    const Parameter& p = spec_.layout->parameters()[unit.parameters[i]];
+    if (touched[i]) elements += Intersect(range, {p.offset, p.offset + p.elements}).size();
   }
   return Pages(elements * sizeof(float));
 }
@@ -184,14 +203,10 @@ Job::Staged* Job::OldestInStaging(SlotIndex slot, UnitIndex* unit) {
 // unit only one has more than the other. A rank that is ahead leaves half of it to those it waits
 // for, which may have to get on before it can.
 uint64_t Job::AsideMax(const Slot& slot) const {
-  uint64_t whole = 0;
-  for (const Unit& unit : spec_.layout->units()) {
-    whole += Pages(unit.trainable_elements * sizeof(float));
-  }
   const bool ahead = std::any_of(slots_.begin(), slots_.end(), [&](const Slot& other) {
     return !other.stepped && other.micro_steps < slot.micro_steps;
   });
-  return ahead ? whole / 2 : whole;
+  return ahead ? aside_max_ / 2 : aside_max_;
 }
 
 // Sets aside what waits in the staging of clients that have no room left, oldest first and no more
@@ -309,7 +324,7 @@ void Job::CloseRounds(SlotIndex slot, uint32_t rounds) {
     if (s.marks[u] >= rounds) continue;
     s.marks[u] = static_cast<uint8_t>(rounds);
     s.unmarked[u] = false;
-    s.indices[u] = 0;
+    std::fill(s.indices[u].begin(), s.indices[u].end(), 0);
     if (spec_.node_sum) PumpStaging(u);
     MaybeReportGradients(u);
   }

@@ -385,7 +385,7 @@ void Job::ResetStep() {
     s.stepped = false;
     std::fill(s.marks.begin(), s.marks.end(), 0);
     std::fill(s.unmarked.begin(), s.unmarked.end(), false);
-    std::fill(s.indices.begin(), s.indices.end(), 0);
+    for (auto& parts : s.indices) std::fill(parts.begin(), parts.end(), 0);
     s.micro_steps = 0;
     s.wants_room = false;
   }

@@ -66,6 +66,16 @@ Range Intersect(Range a, Range b) {
   return r;
 }
 
+uint32_t StagedParts(const Unit& unit, uint64_t part_elements) {
+  const uint64_t parts = (unit.trainable_elements + part_elements - 1) / part_elements;
+  return static_cast<uint32_t>(std::max<uint64_t>(1, parts));
+}
+
+Range StagedPart(const Unit& unit, uint64_t part_elements, uint32_t part) {
+  const uint64_t begin = std::min(part * part_elements, unit.trainable_elements);
+  return {begin, std::min(begin + part_elements, unit.trainable_elements)};
+}
+
 absl::StatusOr<Layout> Layout::Build(const ModelDescription& model,
                                      const std::map<std::string, std::string>& unit_overrides) {
   if (model.parameters.empty()) {

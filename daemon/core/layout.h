@@ -74,6 +74,10 @@ struct Range {  // elements of a unit, [begin, end)
   bool empty() const { return begin >= end; }
 };
 Range Intersect(Range a, Range b);
+// node_sum: a unit's trainable elements are handed over in parts of `part_elements`, so that
+// staging need not hold the gradient of a large embedding. There is one at least.
+uint32_t StagedParts(const Unit& unit, uint64_t part_elements);
+Range StagedPart(const Unit& unit, uint64_t part_elements, uint32_t part);
 
 // Elements of one parameter that lie in one block of its unit.
 struct TensorPiece {

@@ -189,11 +189,21 @@ void PlanTransfers(const Config& config, const Layout& layout, uint32_t members,
   plan->memory.staging = PageUp(kPiecesInFlight * 2 * sizeof(float) * (members - 1) * piece);
 }
 
+// As many as fit into the staging that the configuration asks for; in whole pages, which is what is
+// set aside of them.
+uint64_t StagedPartElements(uint64_t staging_bytes) {
+  constexpr uint64_t kStep = kPage / sizeof(float);
+  if (staging_bytes == 0) return kStagedPartElementsMax;
+  const uint64_t fitting = staging_bytes / kStagedPartsAtOnce / kPage * kStep;
+  return std::clamp(fitting, kStep, kStagedPartElementsMax);
+}
+
 void PlanGradients(const Config& config, const Layout& layout, uint32_t local_world, bool node_sum,
                    JobPlan* plan) {
   plan->node_sum = node_sum;
   plan->gradient_offsets.clear();
   plan->staging_bytes = 0;
+  plan->staged_part_elements = 0;
   MemoryPlan& m = plan->memory;
   if (!node_sum) {
     uint64_t bytes = 0;
@@ -204,19 +214,19 @@ void PlanGradients(const Config& config, const Layout& layout, uint32_t local_wo
     plan->gradient_file_bytes = std::max(bytes, kPage);
     m.accumulator = 0;
   } else {
+    plan->staged_part_elements = StagedPartElements(config.zerod.staging_bytes);
+    uint64_t all = 0;
     uint64_t largest = 0;
-    uint64_t second = 0;
     for (const Unit& unit : layout.units()) {
-      const uint64_t slot =
-          StagedHeaderBytes(unit.parameters.size()) + unit.trainable_elements * 4;
-      second = std::max(second, std::min(slot, largest));
-      largest = std::max(largest, slot);
+      const uint64_t header = StagedHeaderBytes(unit.parameters.size());
+      const uint64_t part = StagedPart(unit, plan->staged_part_elements, 0).size();
+      largest = std::max(largest, header + part * sizeof(float));
+      all += header * StagedParts(unit, plan->staged_part_elements) +
+             RoundUp(unit.trainable_elements * sizeof(float), StagedHeaderBytes(1));
     }
-    // The largest, which may be landed in from the beginning of the backward pass to its end (an
-    // embedding tied to the head), and two that take turns: one is added while one is landed.
     const uint64_t wanted = config.zerod.staging_bytes != 0
                                 ? config.zerod.staging_bytes
-                                : largest + std::min(largest, 2 * second);
+                                : std::min(all, kStagedPartsAtOnce * largest);
     plan->staging_bytes = PageUp(std::max(wanted, largest));
     plan->gradient_file_bytes = std::max(plan->staging_bytes, kPage);
     m.accumulator = PageUp(4 * layout.trainable_elements());

@@ -66,6 +66,7 @@ struct JobPlan {
   uint64_t gradient_file_bytes = 0;         // each client's
   std::vector<uint64_t> gradient_offsets;   // per unit, per_rank plan, bytes
   uint64_t staging_bytes = 0;               // node_sum: of each gradient file
+  uint64_t staged_part_elements = 0;        // node_sum
   uint64_t transfer_values_bytes = 0;       // the values area of each transfer file
   uint64_t transfer_bytes = 0;
   // Of all clients' own state at most, on the heap as it comes: that of the step being decided, and
@@ -88,6 +89,9 @@ inline constexpr uint64_t kTransferValuesBytes = 4 << 20;
 inline constexpr uint64_t kRingBytes = 92 << 10;
 // node_sum: what stands before the elements of a gradient in staging; likewise.
 constexpr uint64_t StagedHeaderBytes(uint64_t parameters) { return (parameters + 63) / 64 * 64; }
+inline constexpr uint64_t kStagedPartElementsMax = 4 << 20;  // 16 MiB
+inline constexpr uint32_t kStagedPartsAtOnce = 4;  // that staging has room for: one is added while
+                                                   // one is landed, and what is begun of others
 inline constexpr uint64_t kStagingBytes = 32 << 20;  // at most, of all pieces in flight
 inline constexpr uint32_t kPiecesInFlight = 4;
 inline constexpr uint32_t kMatricesAtOnce = 4;  // at most

@@ -81,11 +81,12 @@ class ParameterUpdate {
   const UpdateRule rule_;
 };
 
-// Where the elements `part` of the unit's i-th parameter lie, if its first one lies at begins[i].
-uint64_t PlaceOf(const MoveContext& c, core::UnitIndex u, size_t i,
+// Where the elements `part` of the unit's i-th parameter lie, if its first one in `range` lies at
+// begins[i].
+uint64_t PlaceOf(const MoveContext& c, core::UnitIndex u, size_t i, Range range,
                  const std::vector<uint64_t>& begins, Range part) {
   const core::Parameter& p = c.layout->parameters()[c.layout->units()[u].parameters[i]];
-  return begins[i] + (part.begin - p.offset);
+  return begins[i] + (part.begin - std::max(p.offset, range.begin));
 }
 
 }  // namespace
@@ -221,7 +222,7 @@ void Accumulate(const AccumulateTask& task, Range range) {
   ForEachParameter(*c.layout, task.unit, range, [&](size_t i, Range part) {
     if (!task.gradient.touched[i]) return;
     const StagedGradient& from = task.gradient;
-    const float* const in = from.data + PlaceOf(c, task.unit, i, from.begins, part);
+    const float* const in = from.data + PlaceOf(c, task.unit, i, from.range, from.begins, part);
     float* const out = c.store->accumulator(task.unit, part.begin);
     if (task.add[i]) {
       kernels::Accumulate(in, out, part.size());
@@ -235,8 +236,9 @@ void SetAside(const SetAsideTask& task, Range range) {
   const MoveContext& c = *task.context;
   ForEachParameter(*c.layout, task.unit, range, [&](size_t i, Range part) {
     if (!task.from.touched[i]) return;
-    memcpy(task.to + PlaceOf(c, task.unit, i, task.begins, part),
-           task.from.data + PlaceOf(c, task.unit, i, task.from.begins, part),
+    const StagedGradient& from = task.from;
+    memcpy(task.to + PlaceOf(c, task.unit, i, from.range, task.begins, part),
+           from.data + PlaceOf(c, task.unit, i, from.range, from.begins, part),
            part.size() * sizeof(float));
   });
 }

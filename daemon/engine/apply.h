@@ -52,9 +52,11 @@ void Measure(MeasureTask* task, size_t first, size_t last);
 
 // A gradient that one client handed over, in its staging or set aside. Immutable, any thread.
 struct StagedGradient {
+  uint32_t part = 0;
+  core::Range range;                // the unit's elements that it is of: those of `part`
   const float* data = nullptr;
   std::vector<bool> touched;        // per parameter of the unit
-  std::vector<uint64_t> begins;     // per parameter touched: its first element, from `data`
+  std::vector<uint64_t> begins;     // per parameter touched: its first element here, from `data`
   std::shared_ptr<ClientSlot> client;      // whose memory it is, or
   std::shared_ptr<const arena::Region> aside;
 };
@@ -72,7 +74,7 @@ struct SetAsideTask {
   const MoveContext* context = nullptr;
   core::UnitIndex unit = 0;
   StagedGradient from;
-  std::vector<uint64_t> begins;  // per parameter touched: its first element, from `to`
+  std::vector<uint64_t> begins;  // per parameter touched: its first element here, from `to`
   float* to = nullptr;
 };
 void SetAside(const SetAsideTask& task, core::Range range);

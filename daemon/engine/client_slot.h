@@ -30,7 +30,8 @@ struct PendingRequest {
   core::UnitIndex unit = 0;
   uint64_t count = 0;           // PUT, READ: elements
   uint64_t staging_offset = 0;  // SCATTER under node_sum
-  std::vector<bool> touched;    // SCATTER under node_sum
+  uint32_t part = 0;            // likewise: of the unit
+  std::vector<bool> touched;    // likewise
 };
 
 class ClientSlot {

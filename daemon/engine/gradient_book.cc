@@ -98,7 +98,9 @@ GradientBook::GradientBook(std::shared_ptr<const core::Layout> layout,
   size_t index = 0;
   for (UnitIndex u = 0; u < units.size(); ++u) {
     units_[u].touched.resize(units[u].parameters.size());
-    units_[u].accumulated.resize(units[u].parameters.size());
+    const uint32_t parts =
+        plan->node_sum ? core::StagedParts(units[u], plan->staged_part_elements) : 0;
+    units_[u].accumulated.resize(parts, std::vector<bool>(units[u].parameters.size()));
     const Range shard = partition->TrainableShard(u, self);
     for (uint64_t begin = shard.begin; begin < shard.end; begin += block, ++index) {
       blocks_[u].push_back({index, {begin, std::min(begin + block, shard.end)}});
@@ -118,17 +120,17 @@ void GradientBook::Mark(SlotIndex slot, UnitIndex unit, Step step, uint32_t roun
   if (state.touched_step != step) {
     state.touched_step = step;
     std::fill(state.touched.begin(), state.touched.end(), false);
-    std::fill(state.accumulated.begin(), state.accumulated.end(), false);
+    ForgetAccumulated(&state);
   }
   for (size_t i = 0; i < touched.size(); ++i) {
     if (touched[i]) state.touched[i] = true;
   }
 }
 
-std::vector<bool> GradientBook::Accumulate(UnitIndex unit, bool first,
+std::vector<bool> GradientBook::Accumulate(UnitIndex unit, uint32_t part, bool first,
                                            const std::vector<bool>& touched) {
-  std::vector<bool>& has = units_[unit].accumulated;
-  if (first) std::fill(has.begin(), has.end(), false);
+  if (first) ForgetAccumulated(&units_[unit]);
+  std::vector<bool>& has = units_[unit].accumulated[part];
   std::vector<bool> before = has;
   for (size_t i = 0; i < touched.size(); ++i) {
     if (touched[i]) has[i] = true;
@@ -136,9 +138,27 @@ std::vector<bool> GradientBook::Accumulate(UnitIndex unit, bool first,
   return before;
 }
 
-void GradientBook::ConsumeAccumulator(UnitIndex unit) {
-  std::vector<bool>& has = units_[unit].accumulated;
-  std::fill(has.begin(), has.end(), false);
+void GradientBook::ConsumeAccumulator(UnitIndex unit) { ForgetAccumulated(&units_[unit]); }
+
+void GradientBook::ForgetAccumulated(UnitState* state) {
+  for (std::vector<bool>& part : state->accumulated) std::fill(part.begin(), part.end(), false);
+}
+
+// Fills what is missing of the parameter, which lies there from an earlier step, with zeros.
+bool GradientBook::HasAccumulated(UnitIndex u, size_t parameter) const {
+  const auto& parts = units_[u].accumulated;
+  const auto has = [&](const std::vector<bool>& part) { return part[parameter]; };
+  if (std::none_of(parts.begin(), parts.end(), has)) return false;
+  const core::Unit& unit = layout_->units()[u];
+  const core::Parameter& p = layout_->parameters()[unit.parameters[parameter]];
+  for (uint32_t part = 0; part < parts.size(); ++part) {
+    if (parts[part][parameter]) continue;
+    const Range missing = Intersect({p.offset, p.offset + p.elements},
+                                    core::StagedPart(unit, plan_->staged_part_elements, part));
+    if (missing.empty()) continue;
+    memset(store_->accumulator(u, missing.begin), 0, missing.size() * sizeof(float));
+  }
+  return true;
 }
 
 std::shared_ptr<const Sources> GradientBook::NodeSources(
@@ -149,7 +169,7 @@ std::shared_ptr<const Sources> GradientBook::NodeSources(
   sources->of.resize(layout_->units()[unit].parameters.size());
   if (plan_->node_sum) {
     for (size_t i = 0; i < sources->of.size(); ++i) {
-      if (units_[unit].touched_step == step && units_[unit].accumulated[i]) {
+      if (units_[unit].touched_step == step && HasAccumulated(unit, i)) {
         sources->of[i].push_back({store_->accumulator(unit, 0), 0});
       }
     }
@@ -241,7 +261,7 @@ void GradientBook::Drop() {
     state.reduced_step = 0;
     state.reduced_round = 0;
     state.squares_round = 0;
-    std::fill(state.accumulated.begin(), state.accumulated.end(), false);
+    ForgetAccumulated(&state);
   }
 }
 

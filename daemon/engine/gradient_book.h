@@ -85,14 +85,16 @@ class GradientBook {
   // (Job::NextRound); `last` marks that round.
   void Mark(core::SlotIndex slot, core::UnitIndex unit, core::Step step, uint32_t round, bool last,
             const std::vector<bool>& touched);
-  // The accumulator is about to take `touched`; returns, per parameter of the unit, whether it has
-  // something already (else it must be written, not added to).
-  std::vector<bool> Accumulate(core::UnitIndex unit, bool first, const std::vector<bool>& touched);
+  // The accumulator is about to take `touched` in this part of the unit; returns, per parameter of
+  // the unit, whether it has something there already (else it must be written, not added to).
+  std::vector<bool> Accumulate(core::UnitIndex unit, uint32_t part, bool first,
+                               const std::vector<bool>& touched);
 
   // What the accumulator had was sent to the owners.
   void ConsumeAccumulator(core::UnitIndex unit);
 
-  // What this node's clients have for `round` of `unit`: their files, or the accumulator.
+  // What this node's clients have for `round` of `unit`: their files, or the accumulator, where
+  // what no client handed over of a parameter becomes zero.
   // `round` 0: whatever they marked in this step (one member).
   std::shared_ptr<const Sources> NodeSources(
       core::UnitIndex unit, core::Step step, uint32_t round,
@@ -134,11 +136,14 @@ class GradientBook {
   struct UnitState {
     core::Step touched_step = 0;
     std::vector<bool> touched;      // by any client, over all rounds of touched_step
-    std::vector<bool> accumulated;  // what the accumulator has
+    std::vector<std::vector<bool>> accumulated;  // what the accumulator has: [part][parameter]
     core::Step reduced_step = 0;
     uint32_t reduced_round = 0;
     uint32_t squares_round = 0;  // of reduced_step
   };
+
+  bool HasAccumulated(core::UnitIndex unit, size_t parameter) const;
+  void ForgetAccumulated(UnitState* state);
 
   const std::shared_ptr<const core::Layout> layout_;
   const core::JobPlan* const plan_;

@@ -117,8 +117,9 @@ absl::Status JobRunnerImpl::Reserve() {
   RETURN_IF_ERROR(ReserveScratch());
   book_ = std::make_unique<GradientBook>(request_.layout, partition_.get(), request_.self,
                                          request_.local_world, &plan_, store_.get());
-  side_ = std::make_unique<SideBuffer>(arena_, request_.id,
-                                       request_.layout->trainable_elements() * sizeof(float));
+  side_ = std::make_unique<SideBuffer>(
+      arena_, request_.id,
+      plan_.node_sum ? core::AsideBytesMax(*request_.layout, plan_.staged_part_elements) : 0);
   return absl::OkStatus();
 }
 

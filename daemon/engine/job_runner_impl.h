@@ -113,8 +113,9 @@ class JobRunnerImpl : public JobRunner {
   absl::Status CheckRange(const shm::SubmitEntry& entry) const;
   absl::Status HandleScatter(ClientSlot* client, const shm::SubmitEntry& entry);
   absl::Status HandleStep(ClientSlot* client, const shm::SubmitEntry& entry);
-  absl::StatusOr<std::vector<bool>> ScatteredParameters(const ClientSlot& client,
-                                                        const shm::SubmitEntry& entry) const;
+  absl::StatusOr<core::Range> ScatteredRange(const shm::SubmitEntry& entry) const;
+  std::vector<bool> ScatteredParameters(const ClientSlot& client, const shm::SubmitEntry& entry,
+                                        core::Range range) const;
   absl::Status HandlePutOrRead(ClientSlot* client, const shm::SubmitEntry& entry);
   absl::Status HandleScalar(ClientSlot* client, const shm::SubmitEntry& entry);
   absl::Status CheckProgress(const shm::SubmitEntry& entry) const;

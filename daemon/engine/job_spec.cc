@@ -51,6 +51,7 @@ core::JobSpec MakeJobSpec(const JobRequest& request, const core::JobPlan& plan) 
   spec.local_world = request.local_world;
   spec.stage = config.zero.stage;
   spec.node_sum = plan.node_sum;
+  if (plan.node_sum) spec.staged_part_elements = plan.staged_part_elements;
   spec.sum_gradients = config.communication.gradient_allreduce_op == "sum";
   spec.skip_nonfinite = SkipsNonfinite(config);
   if (config.fp16.enabled) spec.loss_scale = LossScaleOf(config);

@@ -122,6 +122,7 @@ absl::Status JobRunnerImpl::Remember(ClientSlot* client, const shm::SubmitEntry&
   request.unit = entry.unit;
   request.count = entry.arg1;
   request.staging_offset = entry.arg0;
+  request.part = static_cast<uint32_t>(entry.arg1);
   if (!client->pending.emplace(entry.cookie, std::move(request)).second) {
     return absl::InvalidArgumentError(
         absl::StrCat("the cookie ", entry.cookie, " names two requests in flight"));
@@ -190,24 +191,40 @@ absl::Status JobRunnerImpl::Handle(ClientSlot* client, const shm::SubmitEntry& e
       absl::StrCat("there is no request ", static_cast<int>(entry.op)));
 }
 
+// The unit's elements that this scatter is of.
+absl::StatusOr<core::Range> JobRunnerImpl::ScatteredRange(const shm::SubmitEntry& entry) const {
+  const core::Unit& unit = request_.layout->units()[entry.unit];
+  if (!plan_.node_sum) return core::Range{0, unit.trainable_elements};
+  const uint32_t parts = core::StagedParts(unit, plan_.staged_part_elements);
+  if (entry.arg1 >= parts) {
+    return absl::InvalidArgumentError(absl::StrCat("part ", entry.arg1, " of the gradient of unit ",
+                                                   entry.unit, ", which has ", parts));
+  }
+  const core::Range range = core::StagedPart(unit, plan_.staged_part_elements,
+                                             static_cast<uint32_t>(entry.arg1));
+  const uint64_t needed =
+      shm::StagedHeaderBytes(unit.parameters.size()) + range.size() * sizeof(float);
+  if (entry.cookie == 0 || entry.arg0 % shm::kStagedAlignBytes != 0 ||
+      needed > plan_.gradient_file_bytes || entry.arg0 > plan_.gradient_file_bytes - needed) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "a gradient of unit ", entry.unit, " staged at byte ", entry.arg0, ": it needs ", needed,
+        " of ", plan_.gradient_file_bytes, " bytes, an offset divisible by ",
+        shm::kStagedAlignBytes, " and a cookie"));
+  }
+  return range;
+}
+
 // Which of the unit's parameters this scatter carries: from the touched bytes of the submit file,
 // or, under node_sum, from those in front of the staged gradient.
-absl::StatusOr<std::vector<bool>> JobRunnerImpl::ScatteredParameters(
-    const ClientSlot& client, const shm::SubmitEntry& entry) const {
+// REQUIRES: `range` is ScatteredRange(entry).
+std::vector<bool> JobRunnerImpl::ScatteredParameters(const ClientSlot& client,
+                                                     const shm::SubmitEntry& entry,
+                                                     core::Range range) const {
   const core::Unit& unit = request_.layout->units()[entry.unit];
   const size_t parameters = unit.parameters.size();
   std::vector<bool> touched(parameters);
   std::vector<uint8_t> bytes(parameters);
   if (plan_.node_sum) {
-    const uint64_t needed = shm::StagedHeaderBytes(parameters) +
-                            unit.trainable_elements * sizeof(float);
-    if (entry.cookie == 0 || entry.arg0 % shm::kStagedAlignBytes != 0 ||
-        needed > plan_.gradient_file_bytes || entry.arg0 > plan_.gradient_file_bytes - needed) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "a gradient of unit ", entry.unit, " staged at byte ", entry.arg0, ": it needs ", needed,
-          " of ", plan_.gradient_file_bytes, " bytes, an offset divisible by ",
-          shm::kStagedAlignBytes, " and a cookie"));
-    }
     shm::CopyShared(bytes.data(), client.gradient() + entry.arg0, parameters);
   } else {
     for (size_t i = 0; i < parameters; ++i) {
@@ -215,7 +232,10 @@ absl::StatusOr<std::vector<bool>> JobRunnerImpl::ScatteredParameters(
     }
   }
   for (size_t i = 0; i < parameters; ++i) {
-    touched[i] = bytes[i] != 0 && request_.layout->parameters()[unit.parameters[i]].trainable;
+    const core::Parameter& p = request_.layout->parameters()[unit.parameters[i]];
+    const bool here =
+        p.elements == 0 || !Intersect(range, {p.offset, p.offset + p.elements}).empty();
+    touched[i] = bytes[i] != 0 && p.trainable && here;
   }
   return touched;
 }
@@ -224,18 +244,21 @@ absl::Status JobRunnerImpl::HandleScatter(ClientSlot* client, const shm::SubmitE
   if ((entry.flags & ~shm::kLast) != 0) {
     return absl::InvalidArgumentError(absl::StrCat("SCATTER with flags ", entry.flags));
   }
-  ASSIGN_OR_RETURN(std::vector<bool> touched, ScatteredParameters(*client, entry));
+  ASSIGN_OR_RETURN(const core::Range range, ScatteredRange(entry));
+  const std::vector<bool> touched = ScatteredParameters(*client, entry, range);
   const bool last = (entry.flags & shm::kLast) != 0;
   const core::Unit& unit = request_.layout->units()[entry.unit];
   // As in core, which answers the others with an error.
   const bool counts = job_->state() == core::JobState::kRunning &&
                       entry.step == job_->committed() + 1 &&
+                      job_->NextRound(client->slot, entry.unit) <= core::kRoundsMax &&
                       std::none_of(client->pending.begin(), client->pending.end(),
                                    [](const auto& p) { return p.second.op == Op::kStep; });
   if (counts) {
     uint64_t elements = 0;
     for (size_t i = 0; i < touched.size(); ++i) {
-      if (touched[i]) elements += request_.layout->parameters()[unit.parameters[i]].elements;
+      const core::Parameter& p = request_.layout->parameters()[unit.parameters[i]];
+      if (touched[i]) elements += Intersect(range, {p.offset, p.offset + p.elements}).size();
     }
     bytes_scattered_ += elements * sizeof(float);
     metrics_->Add(metrics::Traffic::kScatteredFromClient, elements * sizeof(float));
@@ -245,7 +268,8 @@ absl::Status JobRunnerImpl::HandleScatter(ClientSlot* client, const shm::SubmitE
     }
     if (plan_.node_sum) client->pending.at(entry.cookie).touched = touched;
   }
-  job_->OnScatter(client->slot, entry.cookie, entry.unit, entry.step, last, entry.arg0, touched);
+  job_->OnScatter(client->slot, entry.cookie, entry.unit, entry.step, last, entry.arg0, touched,
+                  plan_.node_sum ? static_cast<uint32_t>(entry.arg1) : 0);
   return absl::OkStatus();
 }
 

@@ -32,11 +32,14 @@ StagedGradient JobRunnerImpl::FindStaged(core::SlotIndex slot, UnitIndex u,
     return staged;
   }
   staged.touched = request.touched;
+  staged.part = request.part;
+  staged.range = core::StagedPart(unit, plan_.staged_part_elements, request.part);
   const uint64_t header = shm::StagedHeaderBytes(unit.parameters.size());
   staged.data = reinterpret_cast<const float*>(staged.client->gradient() +
                                                request.staging_offset + header);
   for (uint32_t p : unit.parameters) {
-    staged.begins.push_back(request_.layout->parameters()[p].offset);
+    const uint64_t first = std::max(request_.layout->parameters()[p].offset, staged.range.begin);
+    staged.begins.push_back(first - staged.range.begin);
   }
   return staged;
 }
@@ -54,12 +57,12 @@ void JobRunnerImpl::Do(core::StartAccumulate& action) {
   } else {
     task->gradient = FindStaged(slot, u, action.cookie);
   }
-  task->add = book_->Accumulate(u, action.first, task->gradient.touched);
+  task->add = book_->Accumulate(u, task->gradient.part, action.first, task->gradient.touched);
   if (task->gradient.data == nullptr) {
     mailbox_->Post([this, u, slot] { job_->OnAccumulateDone(u, slot); });
     return;
   }
-  const Range all{0, request_.layout->units()[u].trainable_elements};
+  const Range all = task->gradient.range;
   const absl::Status status = workers_->Run(
       PartsOf(all.size()), [task, all](size_t part) { Accumulate(*task, PartOf(all, part)); },
       [this, u, slot, number = action.aside] {
@@ -102,12 +105,16 @@ void JobRunnerImpl::Do(core::StartSetAside& action) {
 void JobRunnerImpl::CopyAside(const core::StartSetAside& action,
                               std::shared_ptr<SetAsideTask> task, SideBuffer::Memory memory) {
   StagedGradient gradient;
+  gradient.part = task->from.part;
+  gradient.range = task->from.range;
   gradient.touched = task->from.touched;
   uint64_t next = 0;
   for (size_t i = 0; i < gradient.touched.size(); ++i) {
-    const uint32_t p = request_.layout->units()[action.unit].parameters[i];
+    const uint32_t index = request_.layout->units()[action.unit].parameters[i];
+    const core::Parameter& p = request_.layout->parameters()[index];
     gradient.begins.push_back(next);
-    if (gradient.touched[i]) next += request_.layout->parameters()[p].elements;
+    if (!gradient.touched[i]) continue;
+    next += Intersect(gradient.range, {p.offset, p.offset + p.elements}).size();
   }
   CHECK_LE(next * sizeof(float), memory->bytes());
   gradient.data = task->to = reinterpret_cast<float*>(memory->data());
@@ -115,7 +122,7 @@ void JobRunnerImpl::CopyAside(const core::StartSetAside& action,
   task->begins = gradient.begins;
   side_->Put(action.aside, action.bytes, std::move(gradient));
   ReportMemory();
-  const Range all{0, request_.layout->units()[action.unit].trainable_elements};
+  const Range all = task->from.range;
   const absl::Status status = workers_->Run(
       PartsOf(all.size()), [task, all](size_t part) { SetAside(*task, PartOf(all, part)); },
       [this, action] {

@@ -178,6 +178,7 @@ v1::AttachResponse MakeAttachResponse(const AttachArguments& arguments,
   response.set_gradient_plan(plan.node_sum ? v1::GRADIENT_PLAN_NODE_SUM
                                            : v1::GRADIENT_PLAN_PER_RANK);
   response.set_gradient_bytes(plan.gradient_file_bytes);
+  response.set_staged_part_elements(plan.staged_part_elements);
   response.set_transfer_bytes(plan.transfer_bytes);
   response.set_blob_offset(plan.transfer_values_bytes);
   response.set_stage(arguments.config.zero.stage);

@@ -24,7 +24,7 @@
 namespace zerod::shm {
 
 // Bumped whenever a layout below changes; client and daemon must agree exactly.
-inline constexpr uint32_t kFormatVersion = 4;
+inline constexpr uint32_t kFormatVersion = 5;
 inline constexpr uint64_t kMagic = 0x315f444f52455a00;  // "\0ZEROD_1"
 
 // The piece in which window memory is given to units.
@@ -52,7 +52,8 @@ enum class Op : uint16_t {
   kNone = 0,      // reserved: zeroed memory is not a request
   kGather = 1,    // unit, step: complete when the unit's copy of version step-1 may be read
   kRelease = 2,   // unit: a hint, no completion; the hold word is what counts
-  kScatter = 3,   // unit, step, flags kLast, arg0 = staging offset (node_sum only)
+  kScatter = 3,   // unit, step, flags kLast; node_sum: arg0 = staging offset, arg1 = the part of
+                  //   the unit's trainable elements that lies there
   kReclaim = 4,   // unit, step: complete when the gradient memory of the unit may be landed in
                   //   again after kLast; result = 1: what lies there was consumed, start afresh,
                   //   0: it is still needed, add to it

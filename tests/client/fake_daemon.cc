@@ -45,6 +45,7 @@ AttachPlan FakeDaemon::MakePlan(bool node_sum) {
                      {"frozen.weight", 3, 0, 10, 5, false}};
   plan.window_chunks = kWindowChunks;
   plan.node_sum = node_sum;
+  plan.staged_part_elements = node_sum ? uint64_t{1} << 20 : 0;
   plan.gradient_bytes = node_sum ? 2 * (64 + 40032 * 4 + 64) : 4096 + 163840 + 20000 * 4;
   plan.blob_offset = 8192;
   plan.transfer_bytes = 8192 + 4096;

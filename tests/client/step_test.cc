@@ -365,6 +365,52 @@ TEST_F(NodeSum, TooSmallStagingNamesTheSetting) {
   EXPECT_THAT(std::string(status.message()), HasSubstr("zerod.staging_bytes"));
 }
 
+AttachPlan PlanInParts(uint64_t slots) {
+  AttachPlan plan = FakeDaemon::MakePlan(true);
+  plan.staged_part_elements = 16 * 1024;
+  plan.gradient_bytes = slots * (64 + 16 * 1024 * 4);
+  return plan;
+}
+
+// The unit a has 40032 elements: two parts and a piece.
+TEST_F(NodeSum, ALargeParameterLeavesPartByPart) {
+  FakeDaemon daemon(PlanInParts(3));
+  HoldScatters(daemon);
+  auto client = daemon.Attach();
+  ASSERT_TRUE(Land(*client, 2, 5).ok());
+  EXPECT_EQ(Scatters(daemon, *client).size(), 2u);  // the last part waits for the rest of the unit
+  ASSERT_TRUE(Land(*client, 3, 7).ok());
+  ASSERT_TRUE(client->Scatter(kA, true).ok());
+  const auto scatters = Scatters(daemon, *client);
+  ASSERT_EQ(scatters.size(), 3u);
+  for (uint64_t part = 0; part < 3; ++part) {
+    EXPECT_EQ(scatters[part].arg1, part);
+    EXPECT_EQ(scatters[part].flags, part < 2 ? 0 : shm::kLast);
+    EXPECT_EQ(daemon.gradient_bytes(scatters[part].arg0)[0], 1);
+    EXPECT_EQ(daemon.gradient_bytes(scatters[part].arg0)[1], part < 2 ? 0 : 1);
+    EXPECT_EQ(daemon.gradient(scatters[part].arg0 + 64)[0], 5.0f);
+  }
+  const float* const rest = daemon.gradient(scatters[2].arg0 + 64);
+  EXPECT_EQ(rest[39999 - 32768], 5.0f);
+  EXPECT_EQ(rest[40000 - 32768], 7.0f);
+  EXPECT_EQ(rest[40007 - 32768], 0.0f);
+}
+
+TEST_F(NodeSum, AGradientInterruptedHalfWayCannotBePartOfAStep) {
+  FakeDaemon daemon(PlanInParts(1));
+  HoldScatters(daemon);
+  std::atomic<bool> interrupt{false};
+  auto client = daemon.Attach([&] { return interrupt.load(); });
+  interrupt = true;
+  EXPECT_TRUE(absl::IsCancelled(Land(*client, 2, 5)));  // no room for the second part
+  interrupt = false;
+  for (const absl::Status& status :
+       {Land(*client, 4, 1), client->Scatter(kA, true), client->Step({}).status()}) {
+    EXPECT_TRUE(absl::IsFailedPrecondition(status)) << status;
+    EXPECT_THAT(std::string(status.message()), HasSubstr("'layers.a.weight' was interrupted"));
+  }
+}
+
 TEST_F(NodeSum, RefusedScatterIsToldByTheNextCall) {
   FakeDaemon daemon(FakeDaemon::MakePlan(true));
   auto client = daemon.Attach();

@@ -108,6 +108,29 @@ TEST_F(NodeSumTest, NothingIsAddedWhileAGradientIsSet) {
   EXPECT_EQ(Accumulated(), (std::vector<uint64_t>{700, 800}));
 }
 
+// Rank 0 waits for nobody when it first hands a part over, rank 1 for rank 0's of the same part.
+TEST_F(NodeSumTest, EachPartOfAUnitHasAnOrderOfItsOwn) {
+  JobSpec spec = Spec(1, 2);
+  spec.node_sum = true;
+  spec.staged_part_elements = 1024;  // unit 1 has 2000: two parts
+  Make(spec);
+  Attach(2);
+  job_->OnScatter(1, 31, 1, 1, false, 500, {true}, 1);
+  job_->OnScatter(1, 32, 1, 1, false, 600, {true}, 0);
+  EXPECT_TRUE(Accumulated().empty());
+  job_->OnMakeRoom(1);
+  const std::vector<StartSetAside> aside = Take<StartSetAside>();
+  ASSERT_EQ(aside.size(), 1u);
+  EXPECT_EQ(aside[0].bytes, 4096u);  // of 976 elements
+  job_->OnSetAsideDone(1, aside[0].aside, true);
+  job_->OnScatter(0, 33, 1, 1, false, 700, {true}, 0);
+  EXPECT_EQ(Accumulated(), (std::vector<uint64_t>{700, 600}));
+  job_->OnScatter(0, 34, 1, 1, true, 800, {true}, 1);
+  EXPECT_EQ(Accumulated(), (std::vector<uint64_t>{800, 500}));
+  job_->OnScatter(0, 35, 1, 1, true, 0, {true}, 2);
+  EXPECT_TRUE(absl::IsInvalidArgument(Answer(35)));
+}
+
 TEST_F(NodeSumTest, WhatWaitsIsSetAsideAndAddedInItsPlace) {
   job_->OnScatter(1, 31, 0, 1, false, 500, {true});
   job_->OnScatter(1, 32, 1, 1, false, 600, {true});

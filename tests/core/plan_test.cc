@@ -243,6 +243,26 @@ TEST(PlanTest, BucketsBoundTheStaging) {
   EXPECT_EQ(PlanJob(config, layout, 1, 0, 1, kPlenty)->memory.staging, 0u);
 }
 
+TEST(PlanTest, StagingDoesNotGrowWithTheLargestParameter) {
+  Config config = Stage(3);
+  config.zerod.gradient_plan = GradientPlanChoice::kNodeSum;
+  const auto plan = [&](uint64_t elements) {
+    return *PlanJob(config, Units({elements, 100}), 1, 0, 2, kPlenty);
+  };
+  // Small: room for everything at once.
+  const uint64_t header = StagedHeaderBytes(1);
+  EXPECT_EQ(plan(5000).staging_bytes, Pages(5000 * 4 + 128 * 4 + 2 * header));
+  EXPECT_EQ(plan(5000).staged_part_elements, kStagedPartElementsMax);
+  EXPECT_EQ(plan(1 << 28).staging_bytes,
+            Pages(kStagedPartsAtOnce * (header + kStagedPartElementsMax * 4)));
+  config.zerod.staging_bytes = 1 << 20;
+  EXPECT_EQ(plan(1 << 28).staging_bytes, 1u << 20);
+  EXPECT_EQ(plan(1 << 28).staged_part_elements, (1u << 18) / kStagedPartsAtOnce);
+  config.zerod.staging_bytes = 1;  // one part, as small as is possible
+  EXPECT_EQ(plan(1 << 28).staged_part_elements, 1024u);
+  EXPECT_EQ(plan(1 << 28).staging_bytes, Pages(header + 4096));
+}
+
 TEST(PlanTest, NodeSumIsChosenWhereRanksGradientsDoNotFit) {
   const Layout layout = *Layout::Build(Gpt(8, 128), {});
   const JobPlan rich = *PlanJob(Stage(3), layout, 2, 0, 4, kPlenty);

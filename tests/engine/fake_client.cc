@@ -165,12 +165,26 @@ absl::Status FakeClient::Scatter(core::UnitIndex u, bool last) {
   entry.flags = last ? shm::kLast : 0;
   if (!plan_.node_sum) return last ? Request(entry).status() : absl::OkStatus();
   const core::Unit& unit = layout_->units()[u];
-  const uint64_t header = shm::StagedHeaderBytes(unit.parameters.size());
+  const uint32_t parts = core::StagedParts(unit, plan_.staged_part_elements);
   staged_sum_[u].resize(unit.trainable_elements);
-  memcpy(map_[2] + header, staged_sum_[u].data(), unit.trainable_elements * sizeof(float));
+  for (uint32_t part = 0; part < parts; ++part) {
+    RETURN_IF_ERROR(ScatterPart(u, part, last && part + 1 == parts));
+  }
+  for (uint32_t p : unit.parameters) staged_[p] = false;
+  return absl::OkStatus();
+}
+
+absl::Status FakeClient::ScatterPart(core::UnitIndex u, uint32_t part, bool last) {
+  const core::Unit& unit = layout_->units()[u];
+  const core::Range range = core::StagedPart(unit, plan_.staged_part_elements, part);
+  shm::SubmitEntry entry = Entry(shm::Op::kScatter, u);
+  entry.flags = last ? shm::kLast : 0;
+  entry.arg1 = part;
+  memcpy(map_[2] + shm::StagedHeaderBytes(unit.parameters.size()),
+         staged_sum_[u].data() + range.begin, range.size() * sizeof(float));
   for (size_t i = 0; i < unit.parameters.size(); ++i) {
+    // What lies in no element of this part is left out by the daemon.
     map_[2][i] = staged_[unit.parameters[i]] ? std::byte{1} : std::byte{0};
-    staged_[unit.parameters[i]] = false;
   }
   if (!makes_room_) return Request(entry).status();
   shm::SubmitEntry room = Entry(shm::Op::kMakeRoom, 0);

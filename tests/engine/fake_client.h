@@ -63,6 +63,8 @@ class FakeClient {
   void Forget(uint32_t parameter) { touched_[parameter] = 0; }
   // node_sum: sends what was landed and waits until it was taken. per_rank: a request if `last`.
   absl::Status Scatter(core::UnitIndex u, bool last);
+  // node_sum: of what was landed in the unit, this part alone.
+  absl::Status ScatterPart(core::UnitIndex u, uint32_t part, bool last);
   // From here on Scatter does not wait for other ranks: it asks for room.
   void set_makes_room() { makes_room_ = true; }
   absl::Status EndMicroStep();

@@ -68,8 +68,10 @@ class RandomRequests {
 
   void SetArguments(shm::SubmitEntry* entry) {
     const core::Unit& unit = layout_.units()[entry->unit % layout_.units().size()];
+    const uint64_t elements =
+        plan_.node_sum ? core::StagedPart(unit, plan_.staged_part_elements, 0).size() : 0;
     const uint64_t staged =
-        shm::StagedHeaderBytes(unit.parameters.size()) + unit.trainable_elements * sizeof(float);
+        shm::StagedHeaderBytes(unit.parameters.size()) + elements * sizeof(float);
     const uint64_t places = plan_.gradient_file_bytes < staged
                                 ? 1
                                 : (plan_.gradient_file_bytes - staged) / shm::kStagedAlignBytes + 1;
@@ -77,12 +79,15 @@ class RandomRequests {
       case shm::Op::kScatter:
         entry->flags = static_cast<uint16_t>(Below(2));
         entry->arg0 = Below(places) * shm::kStagedAlignBytes;
+        if (plan_.node_sum) {
+          entry->arg1 = Below(core::StagedParts(unit, plan_.staged_part_elements) + One(8));
+        }
         // node_sum answers it, per_rank need not.
         if (!plan_.node_sum && !One(3)) entry->cookie = 0;
         break;
       case shm::Op::kPut:
       case shm::Op::kRead:
-        entry->flags = static_cast<uint16_t>(Below(entry->op == shm::Op::kPut ? 3 : 4));
+        entry->flags = static_cast<uint16_t>(Below(5));
         entry->arg0 = Below(unit.elements);
         entry->arg1 = 1 + Below(unit.elements - entry->arg0);
         break;

@@ -2,6 +2,7 @@
 //
 // One member: whole training runs through rings and windows, compared bit for bit with plain
 // loops.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -199,8 +200,8 @@ TEST(NodeSum, ARankGoesOnWithoutTheOthersAndTheSumIsTheSame) {
       if (rank == 0) {
         EXPECT_GT(cluster.metrics(0).memory("set_aside"), 0u);
         EXPECT_LE(cluster.metrics(0).memory("set_aside"),
-                  cluster.layout().trainable_elements() * sizeof(float) +
-                      4096 * cluster.layout().units().size());
+                  core::AsideBytesMax(cluster.layout(),
+                                      cluster.runner(0).plan().staged_part_elements));
         ASSERT_TRUE(Backward(cluster.layout(), rank, client, workload).ok());
       }
       ASSERT_TRUE(client.Step({workload.hyper, ""}).ok());
@@ -215,6 +216,30 @@ TEST(NodeSum, ARankGoesOnWithoutTheOthersAndTheSumIsTheSame) {
   });
   EXPECT_TRUE(cluster.WaitForEnd(0).ok());
   EXPECT_GT(cluster.metrics(0).traffic(metrics::Traffic::kSetAside), 0u);
+}
+
+// What is missing of a parameter does not come from the step before.
+TEST(NodeSum, WhatIsNotHandedOverOfAParameterIsZero) {
+  Cluster cluster(Small(1, "\"gradient_plan\": \"node_sum\", \"staging_bytes\": 4096"));
+  cluster.RunClients([&](uint32_t rank, FakeClient& client) {
+    const core::Layout& layout = cluster.layout();
+    Train(layout, rank, client, DefaultWorkload(), 2, /*fresh=*/true);
+    const auto large = [&](const core::Parameter& p) { return p.trainable && p.elements > 1024; };
+    const auto p = std::find_if(layout.parameters().begin(), layout.parameters().end(), large);
+    ASSERT_NE(p, layout.parameters().end());
+    const auto index = static_cast<uint32_t>(p - layout.parameters().begin());
+    client.Land(index, std::vector<float>(p->elements, 3.0f));
+    const auto first = static_cast<uint32_t>(p->offset / 1024);
+    const uint64_t end = (first + 1) * uint64_t{1024} - p->offset;
+    ASSERT_TRUE(client.Scatter(p->unit, false).ok());
+    ASSERT_TRUE(client.Step({DefaultWorkload().hyper, ""}).ok());
+    client.Land(index, std::vector<float>(p->elements, 5.0f));
+    ASSERT_TRUE(client.ScatterPart(p->unit, first, true).ok());
+    ASSERT_TRUE(client.Barrier().ok());
+    const auto read = client.Read(p->unit, p->offset, p->elements, shm::StateKind::kGradient);
+    ASSERT_TRUE(read.ok()) << read.status();
+    for (uint64_t e = 0; e < p->elements; ++e) ASSERT_EQ((*read)[e], e < end ? 5.0f : 0.0f) << e;
+  });
 }
 
 // Each leaves out what the other uses, in every micro-step, and asks for no room.

@@ -160,4 +160,4 @@ def test_gradients_are_set(dtype, stage, count, plan, nodes):
         assert [word in error for word, error in zip(
             ("shape", "part of 'own.weight'", "not trained"), result["errors"],
             strict=True)] == [True] * 3
-        assert "lr" in result["refused"]
+        assert "disagree" in result["refused"]

@@ -32,7 +32,7 @@ static_assert(offsetof(CompletePage, wake) == 64 && offsetof(CompletePage, tail)
               offsetof(CompletePage, grad_norm) == 26496 &&
               offsetof(CompletePage, skipped) == 26504 &&
               offsetof(CompletePage, loss_scale) == 26512);
-static_assert(kFormatVersion == 4);
+static_assert(kFormatVersion == 5);
 
 SubmitEntry Gather(uint64_t cookie) {
   SubmitEntry entry{};

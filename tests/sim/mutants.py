@@ -92,9 +92,9 @@ MUTANTS = [
      "running_.empty() && !norm_running_ && applying_ == 0 && !finishing_step_ &&",
      "running_.empty() && !norm_running_ &&"),
     ("micro_steps_never_end", "job_gradients.cc",
-     "         std::make_pair(slot.micro_steps, slot.indices[unit]) >=\n"
+     "         std::make_pair(slot.micro_steps, slot.indices[unit][s.part]) >=\n"
      "             std::make_pair(s.micro_step, index);",
-     "         slot.micro_steps >= s.micro_step && slot.indices[unit] >= index;"),
+     "         slot.micro_steps >= s.micro_step && slot.indices[unit][s.part] >= index;"),
     ("micro_steps_in_arrival_order", "job_gradients.cc",
      "s.marks[unit] + 1u, s.micro_steps,", "s.marks[unit] + 1u, 0,"),
     ("no_room_is_made", "job_gradients.cc",
