@@ -97,7 +97,7 @@ def test_nothing_is_shadowed_unless_asked():
 def test_kinds_of_optimizers():
     """What programs ask an engine's optimizer for its class."""
     program = """
-import json, torch, deepspeed
+import json, logging, torch, deepspeed
 from deepspeed.ops import __compatible_ops__
 from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
@@ -110,6 +110,7 @@ from deepspeed.utils.torch import required_torch_version
 
 KINDS = (ZeROOptimizer, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimizer,
          FP16_Optimizer, FP16_UnfusedOptimizer)
+logging.basicConfig(level=logging.INFO, format="%(message)s")
 seen = []
 for stage, precision, kind in ((0, None, "Adam"), (1, "bf16", "Adam"), (2, None, "Adam"),
                                (3, "fp16", "Adam"), (0, "bf16", "Adam"), (0, "fp16", "Adam"),
@@ -121,14 +122,17 @@ for stage, precision, kind in ((0, None, "Adam"), (1, "bf16", "Adam"), (2, None,
                 **({precision: {"enabled": True}} if precision else {})})
     seen.append([[k.__name__ for k in KINDS if isinstance(optimizer, k)],
                  optimizer.dynamic_loss_scale])
+    assert not hasattr(optimizer, "single_partition_of_fp32_groups")
     with deepspeed.zero.unwrap_model_for_generation(engine) as whole:
         assert whole is engine
     engine.destroy()
-refused = False
-try:
-    BF16_Optimizer([])
-except NotImplementedError:
-    refused = True
+refused = []
+for use in (lambda: BF16_Optimizer([]), lambda: optimizer.fp32_partitioned_groups_flat,
+            lambda: optimizer.optimizer, lambda: optimizer.something_else):
+    try:
+        use()
+    except (NotImplementedError, AttributeError) as error:
+        refused.append(str(error))
 print('RESULT ' + json.dumps({
     "seen": seen,
     "refused": refused,
@@ -137,7 +141,8 @@ print('RESULT ' + json.dumps({
     "other": [isinstance(torch.optim.SGD([torch.ones(1)], 1.0), k) for k in KINDS],
 }))
 """
-    found = result(command(sys.executable, "-c", program))
+    ran = command(sys.executable, "-c", program)
+    found = result(ran)
     zero = "ZeROOptimizer"
     assert found["seen"] == [
         [[], False],
@@ -148,7 +153,10 @@ print('RESULT ' + json.dumps({
         [["FP16_Optimizer"], True],
         [["FP16_UnfusedOptimizer"], True],
     ]
-    assert found["refused"] and found["ops"] == [True, False]
+    words = ["initialize() alone", "safe_get_full_fp32_param", "no other optimizer", "something"]
+    assert all(word in text for word, text in zip(words, found["refused"], strict=True))
+    assert ran[1].count("[Rank 0] DeepSpeed info: version=0.19.8+zerod") == len(found["seen"])
+    assert found["ops"] == [True, False]
     assert found["torch"] == [True, False] and not any(found["other"])
 
 

@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 
 STATE_KINDS = ("exp_avg", "exp_avg_sq", "third")  # what Client.read() calls them
 
+# Flat tensors of DeepSpeed's optimizers that scripts reach into, as far as there is another way.
+_DEEPSPEEDS_OWN = {
+    "single_partition_of_fp32_groups": "fp32_param",
+    "fp32_partitioned_groups_flat": "fp32_param",
+    "fp32_groups_flat_partition": "fp32_param",
+    "averaged_gradients": "grad",
+    "fp32_groups_gradients_flat": "grad",
+}
+
+
 class Optimizer(torch.optim.Optimizer):
     """An optimizer over parameters that live in the daemon.
 
@@ -43,7 +53,7 @@ class Optimizer(torch.optim.Optimizer):
         """The one whose place this one has taken. AttributeError where there was none: scripts
         look for the innermost as long as there is this attribute."""
         if self._given is None:
-            raise AttributeError(f"this {type(self).__name__} has taken no other optimizer's place")
+            raise AttributeError  # what it says is __getattr__'s
         return self._given
 
     @property
@@ -78,6 +88,18 @@ class Optimizer(torch.optim.Optimizer):
     def dynamic_loss_scale(self) -> bool:
         """Whether `loss_scale` moves by itself: fp16 without a scale in the configuration."""
         return self._the_engine().dynamic_loss_scale()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _DEEPSPEEDS_OWN:
+            what = _DEEPSPEEDS_OWN[name]
+            raise AttributeError(
+                f"{name} is DeepSpeed's own: weights and gradients are the daemon's here, by "
+                f"parameter; safe_get_full_{what}(p) and safe_get_local_{what}(p) read them, "
+                "safe_set_ writes them"
+            )
+        if name == "optimizer":
+            raise AttributeError(f"this {type(self).__name__} has taken no other optimizer's place")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def mark_stepped(self) -> None:
         """torch's schedulers warn where they are stepped before their optimizer; theirs may be the

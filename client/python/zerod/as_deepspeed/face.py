@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 ABOUT = "docs/from-deepspeed.md lists what is served"
+VERSION = "0.19.8+zerod"  # the DeepSpeed whose face it is; also in the package's metadata
 
 
 def names(

@@ -3,7 +3,7 @@
 
 from zerod.as_deepspeed import face
 
-__version__ = version = "0.19.8+zerod"
+__version__ = version = face.VERSION
 __git_hash__ = __git_branch__ = "zerod"
 __version_major__, __version_minor__, __version_patch__ = 0, 19, 8
 
