@@ -355,6 +355,8 @@ def test_refused_models(fake):
             start(model, fake, **config)
 
     refused(nn.Embedding(4, 4, sparse=True), "sparse")
+    refused(nn.Embedding(4, 4, max_norm=1.0), "max_norm")
+    refused(nn.Sequential(torch.jit.script(nn.Linear(4, 4))), "TorchScript")
     refused(nn.Linear(2, 2).double(), "float64")
     refused(nn.Linear(2, 2).bfloat16(), "bf16.enabled")
     refused(nn.LazyLinear(2), "lazy")

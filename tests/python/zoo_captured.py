@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""More cases of zoo.py: models whose later passes have parameters that an earlier one looked up."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from zoo import CASES, WIDTH, Stack, Train, batch, case, simple
+
+
+def captured(call) -> Callable[[int, int], tuple[nn.Module, Train]]:
+    """`call(block, x, table)`: a parameter that was looked up once, for all blocks."""
+
+    class Relative(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own = nn.Linear(WIDTH, WIDTH)
+            self.other = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x, table):
+            return torch.tanh(self.own(x) + self.other(table).mean(0))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(5, WIDTH)
+            self.layers = nn.ModuleList(Relative() for _ in range(3))
+
+        def forward(self, x):
+            table = self.table.weight
+            x = x.requires_grad_() + self.table(torch.arange(len(x)) % 5)
+            for layer in self.layers:
+                x = call(layer, x, table)
+            return x @ table.t()
+
+    return lambda rank, world: (Model(), simple(rank))
+
+
+case(captured(lambda block, x, table: block(x, table)), "captured_parameter")
+case(captured(lambda block, x, table: checkpoint(block, x, table=table, use_reentrant=False)),
+     "captured_parameter_checkpoint")
+case(captured(lambda block, x, table: checkpoint(
+    lambda x: block(x, table[:3]), x, use_reentrant=True)), "captured_parameter_reentrant")
+
+
+@case
+def captured_parameter_inside(rank, world):
+    """As models of transformers are checkpointed: below the hooks of the modules."""
+    model, train = CASES["captured_parameter"](rank, world)
+    for layer in model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    return model, train
+
+
+@case
+def gradient_penalty(rank, world):
+    """The norm of a gradient is part of the loss; a forward and another backward come between."""
+
+    def train(engine, step):
+        x = batch(rank, step).requires_grad_()
+        (slope,) = torch.autograd.grad(engine(x).sum(), x, create_graph=True)
+        engine.backward(engine(batch(rank, step + 500)).square().mean(), retain_graph=True)
+        loss = engine(x).abs().mean() + (slope.norm(dim=1) - 1).square().mean()
+        engine.backward(loss)
+        return loss.item()
+
+    return Stack(), train
