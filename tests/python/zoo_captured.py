@@ -68,3 +68,33 @@ def gradient_penalty(rank, world):
         return loss.item()
 
     return Stack(), train
+
+
+@case
+def parametrized_for_a_while(rank, world):
+    """A parametrization that comes and goes with each forward, as of LoRA on experts in PEFT."""
+
+    class Scaled(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            object.__setattr__(self, "scale", scale)
+
+        def forward(self, weight):
+            return weight * self.scale
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = nn.Linear(WIDTH, WIDTH)
+            self.scale = nn.Parameter(torch.full((WIDTH,), 0.5))
+
+        def forward(self, x):
+            nn.utils.parametrize.register_parametrization(
+                self.base, "weight", Scaled(self.scale))
+            try:
+                return self.base(x)
+            finally:
+                nn.utils.parametrize.remove_parametrizations(
+                    self.base, "weight", leave_parametrized=False)
+
+    return nn.Sequential(Wrapped(), nn.Tanh(), Wrapped(), nn.Linear(WIDTH, 3)), simple(rank)
