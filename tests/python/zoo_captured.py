@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo import CASES, WIDTH, Stack, Train, batch, case, simple
+from zoo import CASES, WIDTH, Block, Stack, Train, batch, case, simple
 
 
 def captured(call) -> Callable[[int, int], tuple[nn.Module, Train]]:
@@ -98,3 +98,29 @@ def parametrized_for_a_while(rank, world):
                     self.base, "weight", leave_parametrized=False)
 
     return nn.Sequential(Wrapped(), nn.Tanh(), Wrapped(), nn.Linear(WIDTH, 3)), simple(rank)
+
+
+@case
+def encoder_alone(rank, world):
+    """generate() calls an encoder, whose embedding is tied to others, outside of any forward."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens = nn.Embedding(7, WIDTH)
+            self.encoder = nn.Sequential(nn.Embedding(7, WIDTH), Block())
+            self.encoder[0].weight = self.tokens.weight
+            self.head = nn.Linear(WIDTH, 7, bias=False)
+
+        def forward(self, tokens, encoded):
+            return self.head(self.tokens(tokens) + encoded)
+
+    def train(engine, step):
+        tokens = torch.randint(0, 7, (4,), generator=torch.Generator().manual_seed(step + rank))
+        with torch.no_grad():
+            first = engine(tokens, engine.module.encoder(tokens)).sum()
+        loss = engine(tokens, engine.module.encoder(tokens)).square().mean()
+        engine.backward(loss)
+        return loss.item() + first.item()
+
+    return Model(), train

@@ -38,10 +38,11 @@ _task_id = torch._C._current_graph_task_id  # -1 outside of backward
 class Call:
     """One forward of a unit's module, for the hooks in the graph that it made."""
 
-    __slots__ = ("unit", "gathering", "inputs", "open_inputs", "task")
+    __slots__ = ("unit", "gathering", "alone", "inputs", "open_inputs", "task")
 
     def __init__(self, unit: int, gathering: "Gathering") -> None:
         self.unit = unit
+        self.alone: nn.Module | None = None  # a part of the unit's module, called from outside
         self.gathering = gathering
         self.inputs = 0
         self.open_inputs = 0
@@ -136,6 +137,7 @@ class Gathering:
         self._starts: list[int] = []
         self._start_units: list[int] = []
         self._hooked: list[tuple[int, nn.Module]] = []
+        self._hooked_alone: list[tuple[int, nn.Module]] = []
         self.handles: list[Any] = []  # of the hooks that are on the model's modules
         self._watched: list[nn.Module] = []
         self._compiler_seen = False
@@ -243,6 +245,7 @@ class Gathering:
     def _install(self, model: nn.Module, description: ModelDescription) -> None:
         paths = paths_of(model)
         modules: dict[tuple[int, int], tuple[int, nn.Module]] = {}
+        alone: dict[tuple[int, int], tuple[int, nn.Module]] = {}
 
         def add(unit: int, module: nn.Module) -> None:
             modules.setdefault((unit, id(module)), (unit, module))
@@ -260,7 +263,13 @@ class Gathering:
                 for path in paths[id(module)]:
                     if home and path != home and not path.startswith(f"{home}."):
                         add(unit, callable_module(model, path))
+                if len(managed.registered) > 1:
+                    # Its unit is the module around all of them, but one alone may be called too,
+                    # as generate() calls an encoder.
+                    part = callable_module(model, paths[id(module)][0])
+                    alone.setdefault((unit, id(part)), (unit, part))
         self._hooked = list(modules.values())
+        self._hooked_alone = [part for key, part in alone.items() if key not in modules]
         self.register()
 
     def register(self) -> None:
@@ -272,12 +281,15 @@ class Gathering:
             handle.remove()
         self.handles = []
         for unit, module in self._hooked:
-            self.handles += [
-                module.register_forward_pre_hook(
-                    shield(self._pre_forward(unit)), prepend=True, with_kwargs=True
-                ),
-                module.register_forward_hook(shield(self._post_forward(unit)), always_call=True),
-            ]
+            self._register(module, self._pre_forward(unit), self._post_forward(unit), shield)
+        for unit, module in self._hooked_alone:
+            self._register(module, self._pre_alone(unit), self._post_alone(unit), shield)
+
+    def _register(self, module: nn.Module, before: Any, after: Any, shield: Any) -> None:
+        self.handles += [
+            module.register_forward_pre_hook(shield(before), prepend=True, with_kwargs=True),
+            module.register_forward_hook(shield(after), always_call=True),
+        ]
 
     def _pre_forward(self, unit: int) -> Any:
         def pre_forward(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -310,9 +322,30 @@ class Gathering:
 
         return post_forward
 
+    def _pre_alone(self, unit: int) -> Any:
+        """For a module within the unit's: it is called within a forward that gathers the unit, but
+        for when none is under way."""
+        pre_forward = self._pre_forward(unit)
+
+        def pre_alone(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if self.active == 0 and _task_id() == -1:
+                pre_forward(module, args, kwargs)
+                self.calls[-1].alone = module
+
+        return pre_alone
+
+    def _post_alone(self, unit: int) -> Any:
+        post_forward = self._post_forward(unit)
+
+        def post_alone(module: nn.Module, args: Any, output: Any) -> None:
+            if any(call.alone is module for call in self.calls):
+                post_forward(module, args, output)
+
+        return post_alone
+
     def _will_recompute(self) -> bool:
         """A checkpoint is around: one kind has its own hooks on what is saved, the other saves
-        nothing. (no_grad and hooks of the user's look the same; then units are held for nothing.)"""
+        nothing. (no_grad and a user's hooks look the same; then units are held for nothing.)"""
         if _task_id() != -1:
             return False
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -337,6 +370,7 @@ class Gathering:
             module.__dict__["_parameters"] = dict(module._parameters)
         self._watched = []
         self._hooked = []
+        self._hooked_alone = []
 
     # --- Nets.
 
