@@ -395,6 +395,12 @@ def test_lora(nodes, stage, tmp_path):
     assert not any(torch.equal(value, earlier[name]) for name, value in saved.items())
 
 
+def test_models_that_read_what_is_born(tmp_path):
+    got = result(command(sys.executable, str(SCRIPTS / "born_models_script.py"), str(tmp_path),
+                         str(cluster.free_port())))
+    assert got == {"BertForMaskedLM": True, "Wav2Vec2Model": True}
+
+
 # --- Experts and generation.
 
 

@@ -127,10 +127,11 @@ def test_user_writes_are_errors(fake):
 
     engine = start(zoo.Stack(), fake)
     with torch.no_grad():
-        engine.module.head.bias.add_(1)
-    with pytest.raises(zerod.UserWriteError, match="head.bias.*GatheredParameters"):
-        engine(zoo.batch(0, 0))
+        engine.module.head.bias.set_(engine.module.head.bias)  # as parametrizations do
+    engine(zoo.batch(0, 0))
     engine.module.head.weight.data = torch.zeros(5, zoo.WIDTH)
+    with pytest.raises(zerod.UserWriteError, match="head.weight.*GatheredParameters"):
+        engine(zoo.batch(0, 0))
     with pytest.raises(zerod.UserWriteError, match="head.weight"):
         engine.step()
     with pytest.raises(RuntimeError, match="engine.load_state_dict"):
@@ -355,6 +356,8 @@ def test_refused_models(fake):
             start(model, fake, **config)
 
     refused(nn.Embedding(4, 4, sparse=True), "sparse")
+    refused(nn.Embedding(4, 4, max_norm=1.0), "max_norm")
+    refused(nn.Sequential(torch.jit.script(nn.Linear(4, 4))), "TorchScript")
     refused(nn.Linear(2, 2).double(), "float64")
     refused(nn.Linear(2, 2).bfloat16(), "bf16.enabled")
     refused(nn.LazyLinear(2), "lazy")

@@ -7,6 +7,7 @@ import torch
 
 import cluster
 import zoo
+import zoo_captured  # noqa: F401  its cases
 
 STEPS = 3
 CONFIG = {

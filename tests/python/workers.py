@@ -11,6 +11,7 @@ import torch
 
 import train_gpt
 import zoo
+import zoo_captured  # noqa: F401  its cases
 
 TINY = ["--layers", "3", "--width", "64", "--heads", "2", "--sequence", "32", "--batch", "2",
         "--evaluation-batches", "2", "--warmup", "4"]

@@ -18,8 +18,8 @@ Train = Callable[[object, int], float]
 CASES: dict[str, Callable[[int, int], tuple[nn.Module, Train]]] = {}
 
 
-def case(function):
-    CASES[function.__name__] = function
+def case(function, name: str = ""):
+    CASES[name or function.__name__] = function
     return function
 
 

@@ -81,6 +81,7 @@ class BackwardPass:
         self.overlap = overlap  # units are reduced before the pass ends; else after it
         self.serial = 0  # of the outermost pass, from 1
         self.open_calls = [0] * len(client.units)
+        self.on_begin: Callable[[], None] | None = None
         self.on_unit_done: Callable[[int], None] | None = None
         self.on_end: Callable[[], None] | None = None
         self.is_last: Callable[[], bool] = lambda: True  # the micro-step is the step's last
@@ -152,6 +153,8 @@ class BackwardPass:
         self._pending.clear()
         self.open_calls = [0] * len(self.open_calls)
         self._foreign = _explicit is not None and _explicit is not self
+        if self.on_begin:
+            self.on_begin()
         if self._foreign:
             return
         if self.needs_scale and not self.scaled:

@@ -28,7 +28,7 @@ class CheckpointError(ValueError):
 
 
 class UserWriteError(RuntimeError):
-    """A parameter was written or re-pointed outside `GatheredParameters`."""
+    """A parameter was re-pointed outside `GatheredParameters`."""
 
 
 __all__ = [

@@ -9,6 +9,12 @@ outermost backward pass ends. Two nets catch what has no such hook: reading a pa
 inside any forward gathers its unit, and so does autograd when it unpacks a saved tensor that lies
 in a unit's memory. Units that are resident need none of this and get no hook.
 
+What the nets cannot see is a parameter that was looked up before: a checkpoint's recomputation may
+have it among its arguments, and the graph that a backward pass with create_graph makes has it as it
+was then. Units that were looked up outside of their module's forward stay held to the forward's
+end, and where something is recomputed from the beginning of the backward pass to its end; those of
+a pass that makes a graph are held until step().
+
 Holds are a set: gathering twice and releasing twice do no harm.
 """
 
@@ -32,10 +38,11 @@ _task_id = torch._C._current_graph_task_id  # -1 outside of backward
 class Call:
     """One forward of a unit's module, for the hooks in the graph that it made."""
 
-    __slots__ = ("unit", "gathering", "inputs", "open_inputs", "task")
+    __slots__ = ("unit", "gathering", "alone", "inputs", "open_inputs", "task")
 
     def __init__(self, unit: int, gathering: "Gathering") -> None:
         self.unit = unit
+        self.alone: nn.Module | None = None  # a part of the unit's module, called from outside
         self.gathering = gathering
         self.inputs = 0
         self.open_inputs = 0
@@ -116,6 +123,12 @@ class Gathering:
         self.held = bytearray(len(views))
         self.pins = [0] * len(views)  # GatheredParameters
         self.depth = [0] * len(views)  # forwards of the unit's modules under way
+        self._strays: set[int] = set()  # looked up in this step outside of their modules' forwards
+        self._recomputes = False  # after that a module was called whose forward is made again
+        self._differentiates = False  # the engine's forward under way
+        self._makes_graph = False  # the backward pass under way, of tensors that no net packs
+        self._in_graphs: set[int] = set()  # held for such a graph
+        self._kept: set[int] = set()  # held whatever releases them
         self.active = 0  # forwards under way, the engine's own included
         self.calls: list[Call] = []
         self.leaf_handles: list[Any] = []
@@ -124,10 +137,12 @@ class Gathering:
         self._starts: list[int] = []
         self._start_units: list[int] = []
         self._hooked: list[tuple[int, nn.Module]] = []
+        self._hooked_alone: list[tuple[int, nn.Module]] = []
         self.handles: list[Any] = []  # of the hooks that are on the model's modules
         self._watched: list[nn.Module] = []
         self._compiler_seen = False
         if self.demand_units:
+            backward.on_begin = self.begin_backward
             backward.on_unit_done = self.release_if_done
             backward.on_end = self.end_backward
             self._index_addresses()
@@ -148,6 +163,8 @@ class Gathering:
             self.trace.end_step()
 
     def release(self, unit: int) -> None:
+        if unit in self._kept:
+            return
         if self.held[unit] and not self.depth[unit] and not self.pins[unit]:
             self.held[unit] = 0
             self.client.release(unit)
@@ -158,13 +175,30 @@ class Gathering:
                 self.release(unit)
 
     def release_if_done(self, unit: int) -> None:
-        if self._demand[unit] and self.backward.done(unit):
+        if self._demand[unit] and not self._makes_graph and self.backward.done(unit):
             self.release(unit)
+
+    def begin_backward(self) -> None:
+        # Within a pass gradients are enabled where it makes a graph (create_graph). Where the nets
+        # are up they pack what that graph saves.
+        self._makes_graph = torch.is_grad_enabled() and not _saved_tensor_hooks_present()
+        if self._recomputes:
+            for unit in self._strays:
+                self.gather(unit)
+            self._kept |= self._strays
 
     def end_backward(self) -> None:
         for handle in self.leaf_handles:
             handle.remove()
         self.leaf_handles.clear()
+        if self._makes_graph:
+            self._in_graphs.update(unit for unit in self.demand_units if self.held[unit])
+        self._makes_graph = False
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Nothing is under way: what is held for nothing later is released."""
+        self._kept = set(self._in_graphs)
         self.release_idle()
 
     def reset(self) -> None:
@@ -173,6 +207,9 @@ class Gathering:
         self.active = 0
         for unit in self.demand_units:
             self.depth[unit] = 0
+        self._strays.clear()
+        self._in_graphs.clear()
+        self._recomputes = self._makes_graph = False
         self.end_backward()
 
     @contextmanager
@@ -184,6 +221,8 @@ class Gathering:
         if not self._compiler_seen and "torch._dynamo" in sys.modules:
             self.register()
         outermost = self.active == 0 and _task_id() == -1
+        if outermost:
+            self._differentiates = torch.is_grad_enabled()
         self.active += 1
         try:
             if torch.is_grad_enabled() and not _saved_tensor_hooks_present():
@@ -198,13 +237,15 @@ class Gathering:
                 self.active = 0
                 for unit in self.demand_units:
                     self.depth[unit] = 0
-                self.release_idle()
+                self._differentiates = False
+                self._let_go()
 
     # --- Hooks.
 
     def _install(self, model: nn.Module, description: ModelDescription) -> None:
         paths = paths_of(model)
         modules: dict[tuple[int, int], tuple[int, nn.Module]] = {}
+        alone: dict[tuple[int, int], tuple[int, nn.Module]] = {}
 
         def add(unit: int, module: nn.Module) -> None:
             modules.setdefault((unit, id(module)), (unit, module))
@@ -222,7 +263,13 @@ class Gathering:
                 for path in paths[id(module)]:
                     if home and path != home and not path.startswith(f"{home}."):
                         add(unit, callable_module(model, path))
+                if len(managed.registered) > 1:
+                    # Its unit is the module around all of them, but one alone may be called too,
+                    # as generate() calls an encoder.
+                    part = callable_module(model, paths[id(module)][0])
+                    alone.setdefault((unit, id(part)), (unit, part))
         self._hooked = list(modules.values())
+        self._hooked_alone = [part for key, part in alone.items() if key not in modules]
         self.register()
 
     def register(self) -> None:
@@ -234,12 +281,15 @@ class Gathering:
             handle.remove()
         self.handles = []
         for unit, module in self._hooked:
-            self.handles += [
-                module.register_forward_pre_hook(
-                    shield(self._pre_forward(unit)), prepend=True, with_kwargs=True
-                ),
-                module.register_forward_hook(shield(self._post_forward(unit)), always_call=True),
-            ]
+            self._register(module, self._pre_forward(unit), self._post_forward(unit), shield)
+        for unit, module in self._hooked_alone:
+            self._register(module, self._pre_alone(unit), self._post_alone(unit), shield)
+
+    def _register(self, module: nn.Module, before: Any, after: Any, shield: Any) -> None:
+        self.handles += [
+            module.register_forward_pre_hook(shield(before), prepend=True, with_kwargs=True),
+            module.register_forward_hook(shield(after), always_call=True),
+        ]
 
     def _pre_forward(self, unit: int) -> Any:
         def pre_forward(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -248,6 +298,8 @@ class Gathering:
             self.active += 1
             self.depth[unit] += 1
             self.gather(unit)
+            if self._strays and not self._recomputes:
+                self._recomputes = self._will_recompute()
             if torch.is_grad_enabled():
                 call.watch_inputs((args, kwargs))
 
@@ -266,9 +318,40 @@ class Gathering:
                 return  # a recomputation: the backward pass needs it next
             self.release(unit)
             if self.active == 0:
-                self.release_idle()
+                self._let_go()
 
         return post_forward
+
+    def _pre_alone(self, unit: int) -> Any:
+        """For a module within the unit's: it is called within a forward that gathers the unit, but
+        for when none is under way."""
+        pre_forward = self._pre_forward(unit)
+
+        def pre_alone(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if self.active == 0 and _task_id() == -1:
+                pre_forward(module, args, kwargs)
+                self.calls[-1].alone = module
+
+        return pre_alone
+
+    def _post_alone(self, unit: int) -> Any:
+        post_forward = self._post_forward(unit)
+
+        def post_alone(module: nn.Module, args: Any, output: Any) -> None:
+            if any(call.alone is module for call in self.calls):
+                post_forward(module, args, output)
+
+        return post_alone
+
+    def _will_recompute(self) -> bool:
+        """A checkpoint is around: one kind has its own hooks on what is saved, the other saves
+        nothing. (no_grad and a user's hooks look the same; then units are held for nothing.)"""
+        if _task_id() != -1:
+            return False
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if hooks is not None and hooks[0] != self._pack:
+            return True
+        return self._differentiates and not torch.is_grad_enabled()
 
     def _pop(self, unit: int) -> Call | None:
         for i in range(len(self.calls) - 1, -1, -1):
@@ -287,6 +370,7 @@ class Gathering:
             module.__dict__["_parameters"] = dict(module._parameters)
         self._watched = []
         self._hooked = []
+        self._hooked_alone = []
 
     # --- Nets.
 
@@ -301,8 +385,15 @@ class Gathering:
 
     def on_read(self, unit: int) -> None:
         """A parameter was looked up inside a forward."""
-        if not self.held[unit] and (self.active or _task_id() != -1):
-            self.gather(unit)
+        if self._strays and not self._recomputes:
+            self._recomputes = self._will_recompute()  # a checkpoint may be within the module
+        if self.held[unit] and self.depth[unit] or not self.active and _task_id() == -1:
+            return
+        self.gather(unit)
+        if not self.depth[unit]:
+            self._kept.add(unit)
+            if torch.is_grad_enabled() and _task_id() == -1:
+                self._strays.add(unit)
 
     def _index_addresses(self) -> None:
         first: dict[int, int] = {}
@@ -359,6 +450,9 @@ class WatchedParameters(dict[str, Any]):
         if unit is not None and self.gathering is not None:
             self.gathering.on_read(unit)
         return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         import copy

@@ -195,6 +195,15 @@ def _check_module(path: str, module: nn.Module) -> None:
         raise ModelError(
             f"the module {path!r} makes sparse gradients, which are not served: pass sparse=False"
         )
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+        raise ModelError(
+            f"the module {path!r} writes into its weights in forward (max_norm), where they are "
+            "read-only: leave max_norm out, and scale what forward looked up"
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(
+            f"the module {path!r} is TorchScript, which runs no hooks: pass what it was made of"
+        )
 
 
 def _check_parameter(name: str, parameter: nn.Parameter, dtype: torch.dtype) -> None:

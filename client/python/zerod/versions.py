@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Version counters: PyTorch's check for stale graphs keeps working, and a user's own writes are
-noticed."""
+"""Version counters: PyTorch's check for stale graphs keeps working; and parameters that a user made
+point elsewhere are noticed."""
 
 from zerod.errors import UserWriteError
 from zerod.model import ManagedParameter
@@ -38,14 +38,13 @@ class Versions:
         self._addresses = [p.data_ptr() for p in self._parameters]
 
     def check(self) -> None:
-        """UserWriteError names the parameter that was written or re-pointed."""
+        """UserWriteError names the parameter that was re-pointed.
+
+        A counter that grew by itself says nothing: the memory is read-only, so a write would have
+        ended the process. It was set to itself, as by a parametrization that comes and goes.
+        """
         for i, parameter in enumerate(self._parameters):
-            if parameter._version != self._expected[i]:
-                self._expected[i] = parameter._version
-                raise UserWriteError(
-                    f"{self._managed[i].name!r} was written; the write is not in the daemon's "
-                    f"weights: {_HOW}"
-                )
+            self._expected[i] = parameter._version
             if parameter.data_ptr() != self._addresses[i]:
                 raise UserWriteError(
                     f"{self._managed[i].name!r} points to other memory than the daemon's "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zerod import buffers, config as configuration
+from zerod import buffers, config as configuration, pretrained
 from zerod.constructors import Constructors
 from zerod.gathered import GatheredParameters
 from zerod.launch import Launch
@@ -168,6 +168,7 @@ class Init:
         nursery.flush()
 
     def _begin(self) -> None:
+        pretrained.adapt()
         nursery.locate(self._job, self._address, self._attach_timeout_seconds)
         nursery.pending_bytes_max = self._pending_bytes_max
 
