@@ -137,6 +137,15 @@ def test_user_writes_are_errors(fake):
         engine.module.load_state_dict({})
 
 
+def test_steps_and_folders_that_cannot_be(fake):
+    engine = start(nn.Linear(4, 4), fake, zero_optimization={"stage": 1})
+    with engine.no_sync(), pytest.raises(AssertionError, match="inside no_sync context manager"):
+        engine.step()
+    for nowhere in (None, ""):
+        with pytest.raises(ValueError, match="save_dir is"):
+            engine.save_checkpoint(nowhere)
+
+
 def test_gathered_parameters(fake):
     import zerod
 

@@ -183,7 +183,9 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
         it returns when the new weights may be read."""
         boundary = self.is_gradient_accumulation_boundary()
         if self._inside_no_sync:
-            raise AssertionError("It is illegal to call Engine.step() inside no_sync")
+            raise AssertionError(
+                "It is illegal to call Engine.step() inside no_sync context manager"
+            )
         if not boundary:
             self.micro_steps += 1
             self._step_applied = False
