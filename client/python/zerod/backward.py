@@ -156,7 +156,7 @@ class BackwardPass:
             return
         if self.needs_scale and not self.scaled:
             raise RuntimeError(
-                "in fp16 the loss must be scaled: call engine.backward(loss), or "
+                "Loss scaling is required in fp16: call engine.backward(loss), or "
                 "engine.scale(loss).backward()"
             )
         self.scaled = False
