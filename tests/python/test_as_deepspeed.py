@@ -120,8 +120,12 @@ for stage, precision, kind in ((0, None, "Adam"), (1, "bf16", "Adam"), (2, None,
         config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage},
                 "optimizer": {"type": kind, "params": {"lr": 1e-3}},
                 **({precision: {"enabled": True}} if precision else {})})
+    scaler = optimizer.loss_scaler
+    assert optimizer.needs_scaler() == (precision == "fp16")
+    assert scaler.cur_scale == optimizer.loss_scale == (65536 if precision == "fp16" else 1)
+    assert (scaler.cur_iter, scaler.scale_window, scaler.min_scale) == (0, 1000, 1)
     seen.append([[k.__name__ for k in KINDS if isinstance(optimizer, k)],
-                 optimizer.dynamic_loss_scale])
+                 scaler.dynamic_loss_scale])
     assert not hasattr(optimizer, "single_partition_of_fp32_groups")
     with deepspeed.zero.unwrap_model_for_generation(engine) as whole:
         assert whole is engine
@@ -158,6 +162,45 @@ print('RESULT ' + json.dumps({
     assert ran[1].count("[Rank 0] DeepSpeed info: version=0.19.8+zerod") == len(found["seen"])
     assert found["ops"] == [True, False]
     assert found["torch"] == [True, False] and not any(found["other"])
+
+
+def test_born_parameters_come_with_a_process_group():
+    program = """
+import deepspeed, torch
+assert not torch.distributed.is_initialized()
+with deepspeed.zero.Init():
+    print('RESULT ' + '{"world": %d}' % torch.distributed.get_world_size())
+"""
+    assert result(command(sys.executable, "-c", program)) == {"world": 1}
+
+
+FORKED = """
+import json, multiprocessing, os
+import deepspeed, torch
+
+def train(fails):
+    # Else both children have the name that the command was given.
+    os.environ["ZEROD_JOB"] = f"forked-{os.getpid()}"
+    deepspeed.initialize(model=torch.nn.Linear(4, 4), config={
+        "train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "Adam"}})
+    if fails:
+        raise ValueError("meant to fail")
+
+codes = []
+for fails in (False, True):
+    child = multiprocessing.get_context("fork").Process(target=train, args=(fails,))
+    child.start()
+    child.join()
+    codes.append(child.exitcode)
+print('RESULT ' + json.dumps({"codes": codes}))
+"""
+
+
+def test_a_forked_process_leaves_its_job_when_its_function_returns(nodes):
+    before = cluster.metric(nodes[0].metrics, "zerod_jobs")
+    assert result(command(sys.executable, "-c", FORKED, nodes=nodes)) == {"codes": [0, 1]}
+    # The one that failed has left its job for whoever comes next.
+    assert cluster.metric(nodes[0].metrics, "zerod_jobs") == before + 1
 
 
 def test_three_ways_in(tmp_path):

@@ -138,6 +138,15 @@ def test_user_writes_are_errors(fake):
         engine.module.load_state_dict({})
 
 
+def test_steps_and_folders_that_cannot_be(fake):
+    engine = start(nn.Linear(4, 4), fake, zero_optimization={"stage": 1})
+    with engine.no_sync(), pytest.raises(AssertionError, match="inside no_sync context manager"):
+        engine.step()
+    for nowhere in (None, ""):
+        with pytest.raises(ValueError, match="save_dir is"):
+            engine.save_checkpoint(nowhere)
+
+
 def test_gathered_parameters(fake):
     import zerod
 
@@ -547,3 +556,50 @@ def test_launch_environment():
             Launch.from_environment(torchrun | change)
     with pytest.raises(ValueError, match="torchrun"):
         Launch.from_environment({"RANK": "0"})
+
+
+class LossAndMore(nn.Module):
+    """As transformers' models: what the loss is made of is an output too."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.a(x))
+        logits = self.b(hidden)
+        loss = logits.square().mean()
+        return {"loss": loss, "again": loss, "logits": logits, "hidden": [hidden],
+                "halves": self.b(hidden).chunk(2)}  # of one node
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize(
+    "loss_of",
+    [
+        lambda out: out["loss"],
+        lambda out: out["logits"].sum(),
+        lambda out: out["logits"].sum() + out["loss"].detach(),
+        lambda out: out["halves"][0].sum(),
+        lambda out: out["halves"][1].sum() + out["halves"][0].square().sum(),
+    ],
+)
+def test_a_plain_backward_is_divided_by_the_accumulation_steps(loss_of, stage, fake):
+    norms = []
+    for plain in (False, True):
+        torch.manual_seed(5)
+        engine = start(
+            LossAndMore(), fake, gradient_accumulation_steps=4,
+            zero_optimization={"stage": stage, "stage3_param_persistence_threshold": 0},
+        )
+        for micro in range(8):
+            loss = loss_of(engine(torch.full((2, 4), micro + 1.0)))
+            if plain:
+                engine.scale(loss).backward()
+            else:
+                engine.backward(loss)
+            engine.step()
+            if micro % 4 == 3:
+                norms.append(engine.get_global_grad_norm())
+        engine.destroy()
+    assert norms[:2] == pytest.approx(norms[2:], rel=1e-4)

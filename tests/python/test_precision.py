@@ -277,4 +277,4 @@ def test_bytes_between_nodes(name, results):
 
 
 def test_an_unscaled_loss_is_refused_in_fp16(results):
-    assert "the loss must be scaled" in results[0]["unscaled"]["error"]
+    assert "Loss scaling is required" in results[0]["unscaled"]["error"]

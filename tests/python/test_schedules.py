@@ -98,6 +98,23 @@ def test_one_cycle_moves_the_betas(fake):
     assert {groups[0][2] for groups in seen} == {0.99}
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_rate_that_is_a_tensor_stays_one(name):
+    from zerod import schedule
+
+    kind, params, expected = SCHEDULES[name]
+    rate = torch.full((1,), 0.5, dtype=torch.float64)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
+    made = getattr(schedule, kind)(optimizer, **params)
+    seen = [rate.item()]
+    for _ in expected[1:]:
+        made.step()
+        seen.append(rate.item())
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert made.get_last_lr() == seen[-1:]
+    assert seen == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
 def test_last_batch_iteration_goes_on(fake):
     kind, params, expected = SCHEDULES["decay"]
     seen = train(start({"type": kind, "params": {**params, "last_batch_iteration": 3}}), 5)

@@ -2,28 +2,34 @@
 """The end of the script: one that ran to its end leaves its jobs, any other end keeps their state.
 
 An exception that nobody caught, sys.exit() with a failure, a signal and os._exit() are deaths to
-the daemon: it keeps the state for whoever attaches next.
+the daemon: it keeps the state for whoever attaches next. A process of `multiprocessing` that was
+forked ends by os._exit() always, but tells before whether its function has returned.
 """
 
 import atexit
+import multiprocessing
+import multiprocessing.util
 import os
 import sys
 from typing import Any
 
 _engines: list[Any] = []
-_process = os.getpid()
+_process = 0  # whose engines they are
 _failed = False
-_installed = False
 
 
 def leave_at_exit(engine: Any) -> None:
-    """`engine.leave()` is called when the interpreter ends without an error."""
-    global _installed
-    _engines.append(engine)
-    if not _installed:
-        _installed = True
+    """`engine.leave()` is called when the process ends without an error."""
+    global _process
+    if _process != os.getpid():
+        if not _process:
+            sys.exit = _watched(sys.exit)  # type: ignore[assignment]
+        _process = os.getpid()
+        _engines.clear()  # of the process that this one was forked from
         atexit.register(_at_exit)
-        sys.exit = _watched(sys.exit)  # type: ignore[assignment]
+        if multiprocessing.parent_process() is not None:
+            multiprocessing.util.Finalize(None, _at_end_of_child, exitpriority=0)
+    _engines.append(engine)
 
 
 def forget(engine: Any) -> None:
@@ -40,6 +46,14 @@ def _watched(original: Any) -> Any:
         original(status)
 
     return exit
+
+
+def _at_end_of_child() -> None:
+    """Runs while the error that ended the process's function, if there was one, passes by."""
+    error = sys.exc_info()[1]
+    clean = isinstance(error, SystemExit) and error.code in (None, 0, False)
+    if error is None or clean:
+        _at_exit()
 
 
 def _at_exit() -> None:

@@ -25,6 +25,11 @@ _explicit: "BackwardPass | None" = None  # the engine whose backward() is under 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
+def under_way() -> bool:
+    """An engine's backward() is: the loss is divided by the accumulation steps, if it is to be."""
+    return _explicit is not None
+
+
 class Expectation:
     """Tells that a unit's gradients are complete before the backward pass has ended, so that they
     cross the network behind the rest of it.
@@ -159,7 +164,7 @@ class BackwardPass:
             return
         if self.needs_scale and not self.scaled:
             raise RuntimeError(
-                "in fp16 the loss must be scaled: call engine.backward(loss), or "
+                "Loss scaling is required in fp16: call engine.backward(loss), or "
                 "engine.scale(loss).backward()"
             )
         self.scaled = False

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from zerod import at_exit, collectives, constructors, garbage, gathered
-from zerod.backward import BackwardPass
+from zerod.backward import BackwardPass, under_way
 from zerod.client_state import ClientState
 from zerod.copying import PlainCopies
 from zerod.errors import FailedPrecondition
@@ -21,6 +21,7 @@ from zerod.launch import Launch
 from zerod.loader import Loader
 from zerod.model import ModelDescription, tensors_in
 from zerod.optimizer import Optimizer
+from zerod.outputs import Outputs
 from zerod.parameter_offload import ParameterOffload
 from zerod.precision import Precision
 from zerod.progress import Progress, momenta, watched
@@ -145,14 +146,13 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
         ):
             output = self.module(*args, **kwargs)
         if differentiate:
-            for tensor in tensors_in(output):
-                if tensor.grad_fn is not None:
-                    # The first hook of a backward pass tells which graph task is the outermost.
-                    tensor.register_hook(self._enter_backward)
+            # The first hook of a backward pass tells which graph task is the outermost.
+            Outputs(tensors_in(output), self._enter_backward, self.gradient_accumulation_steps)
         return output
 
-    def _enter_backward(self, _: torch.Tensor) -> None:
-        self.backward_pass.enter()
+    def _enter_backward(self) -> int | None:
+        serial = self.backward_pass.enter()
+        return None if under_way() else serial
 
     @watched("backward")
     def backward(
@@ -174,7 +174,7 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """What `.backward()` is to be called on where engine.backward() is not: in fp16 the loss
-        times the loss scale, else the loss. Not divided by the accumulation steps."""
+        times the loss scale, else the loss. Gradients are divided by the accumulation steps."""
         self.backward_pass.scaled = True
         return loss.float() * self.client.loss_scale if self.fp16_enabled() else loss
 
@@ -184,7 +184,9 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
         it returns when the new weights may be read."""
         boundary = self.is_gradient_accumulation_boundary()
         if self._inside_no_sync:
-            raise AssertionError("It is illegal to call Engine.step() inside no_sync")
+            raise AssertionError(
+                "It is illegal to call Engine.step() inside no_sync context manager"
+            )
         if not boundary:
             self.micro_steps += 1
             self._step_applied = False

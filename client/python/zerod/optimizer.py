@@ -11,6 +11,7 @@ import torch
 
 from zerod import _zerod
 from zerod.errors import ModelError
+from zerod.loss_scaler import LossScaler
 from zerod.parameter_offload import ParameterOffload
 
 if TYPE_CHECKING:
@@ -88,6 +89,20 @@ class Optimizer(torch.optim.Optimizer):
     def dynamic_loss_scale(self) -> bool:
         """Whether `loss_scale` moves by itself: fp16 without a scale in the configuration."""
         return self._the_engine().dynamic_loss_scale()
+
+    def needs_scaler(self) -> bool:
+        """Whether a loss must go through engine.scale() where its own backward() is called."""
+        return self._the_engine().fp16_enabled()
+
+    @property
+    def loss_scaler(self) -> LossScaler:
+        """The loss scale, to look at."""
+        return LossScaler(self._the_engine())
+
+    @property
+    def loss_scale_config(self) -> LossScaler:
+        """DeepSpeed's name of `loss_scaler` at stage 0."""
+        return self.loss_scaler
 
     def __getattr__(self, name: str) -> Any:
         if name in _DEEPSPEEDS_OWN:

@@ -39,6 +39,8 @@ class Saving:
 
         The folder appears whole or not at all. CheckpointError on every rank where one failed.
         """
+        if not save_dir:
+            raise ValueError(f"save_dir is {save_dir!r}: save_checkpoint() needs a folder")
         name = f"global_step{self.global_steps}" if tag is None else str(tag)
         _check_agreement(self, name)
         checkpoint.save(

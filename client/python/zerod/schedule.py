@@ -32,7 +32,7 @@ class Schedule:
         return self.rates_at(self.last_batch_iteration)
 
     def get_last_lr(self) -> list[float]:
-        return [group["lr"] for group in self.optimizer.param_groups]
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def step(self, last_batch_iteration: int | None = None) -> None:
         if last_batch_iteration is None:
@@ -53,7 +53,10 @@ class Schedule:
 
     def _apply(self) -> None:
         for group, rate in zip(self.optimizer.param_groups, self.get_lr()):
-            group["lr"] = rate
+            if isinstance(group["lr"], torch.Tensor):  # somebody may hold it
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def _per_group(self, value: Rates, name: str) -> list[float]:
         groups = len(self.optimizer.param_groups)
@@ -106,7 +109,7 @@ class WarmupLR(_Warmup):
         super().__init__(optimizer, last_batch_iteration)
         self._set_warmup(warmup_num_steps, warmup_type)
         if warmup_max_lr is None:
-            warmup_max_lr = [group["lr"] for group in optimizer.param_groups]
+            warmup_max_lr = [float(group["lr"]) for group in optimizer.param_groups]
         self.min_lrs = self._per_group(warmup_min_lr, "warmup_min_lr")
         self.max_lrs = self._per_group(warmup_max_lr, "warmup_max_lr")
         self._begin()

@@ -4,7 +4,7 @@
 from zerod.as_deepspeed import face
 
 _EXPORTS = {
-    "Init": "zerod.zero:Init",
+    "Init": "zerod.as_deepspeed.birth:Init",
     "GatheredParameters": "zerod.zero:GatheredParameters",
     "register_external_parameter": "zerod.zero:register_external_parameter",
     "unregister_external_parameter": "zerod.zero:unregister_external_parameter",
