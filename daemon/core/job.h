@@ -188,8 +188,8 @@ using Action =
                  StartSetAside, DropAside, ComputeNorm, CommitBlobs, StartApply, StartMeasure,
                  StartPut, StartRead, DropGradients, End>;
 
-// node_sum: how much is set aside at most, one gradient of the node with each parameter by itself, in
-// whole pages and parts.
+// node_sum: how much is set aside at most, one gradient of the node with each parameter by itself,
+// in whole pages and parts.
 uint64_t AsideBytesMax(const Layout& layout, uint64_t part_elements);
 
 enum class JobState : uint8_t { kForming, kRunning, kFailed, kEnded };

@@ -27,15 +27,18 @@ class Outputs:
         self._pass = 0
         self._inner: set[int] = set()  # of this pass
         # Each once, however often it is among them; several may come from one node.
-        made = {(t.grad_fn._sequence_nr(), t.output_nr): t for t in tensors if t.grad_fn is not None}
+        made = {
+            (t.grad_fn._sequence_nr(), t.output_nr): t for t in tensors if t.grad_fn is not None
+        }
         self._numbers = frozenset(number for number, _ in made)
         for (number, _), tensor in made.items():
             tensor.register_hook(partial(self._on_gradient, number))
 
-    def _on_gradient(self, number: int, gradient: torch.Tensor) -> torch.Tensor | None:
+    def _on_gradient(self, number: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
         plain = self._enter()
         steps = self._steps()
-        if plain is None or steps == 1:
+        # Without a gradient: the node has others, and they have one.
+        if plain is None or steps == 1 or gradient is None:
             return None
         if plain != self._pass:
             self._pass, self._inner = plain, set()
