@@ -227,6 +227,9 @@ void ResolveOptimizer(ParseState* state) {
   }
   if (optimizer.type == "Muon") {
     by_type("optimizer.params.momentum", &optimizer.momentum, 0.95);
+    if (optimizer.momentum >= 1) {
+      state->problems.Add("optimizer.params.momentum", "must be below 1 for Muon");
+    }
     by_type("optimizer.params.betas", &optimizer.beta2, 0.95);
     by_type("optimizer.params.eps", &optimizer.eps, 1e-10);
     const bool has_rate = state->Given("optimizer.params.lr");

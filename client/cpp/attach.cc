@@ -229,12 +229,14 @@ bool BackOff(const AttachOptions& options, absl::Duration* pause) {
   return true;
 }
 
+std::string InSeconds(absl::Duration spent) {
+  return absl::FormatDuration(absl::Trunc(spent, absl::Seconds(1)));
+}
+
 absl::Status WithTries(const absl::Status& status, absl::Duration spent, const char* name) {
   if (spent < absl::Seconds(1)) return status;
-  return absl::Status(status.code(),
-                      absl::StrCat(status.message(), " (asked for ",
-                                   absl::FormatDuration(absl::Trunc(spent, absl::Seconds(1))),
-                                   ", see ", name, ")"));
+  return absl::Status(status.code(), absl::StrCat(status.message(), " (asked for ",
+                                                  InSeconds(spent), ", see ", name, ")"));
 }
 
 // Repeats `once` while it says "not now" and there is time.
@@ -245,6 +247,7 @@ auto Repeat(const AttachOptions& options, const Once& once) -> decltype(once()) 
   const absl::Duration takeover = absl::Seconds(options.takeover_seconds);
   absl::Duration pause = kBackOffMin;
   absl::Time occupied_since = absl::InfiniteFuture();
+  absl::Duration notice = absl::Seconds(options.notice_seconds);
   for (;;) {
     auto result = once();
     const absl::Time now = MonotonicNow();
@@ -260,6 +263,12 @@ auto Repeat(const AttachOptions& options, const Once& once) -> decltype(once()) 
       }
     } else {
       return result;
+    }
+    if (options.on_wait && now - start >= notice) {
+      options.on_wait(absl::StrCat("still attaching after ", InSeconds(now - start), ", for ",
+                                   options.attach_timeout_seconds,
+                                   " s at most: ", result.status().message()));
+      notice = 2 * (now - start);
     }
     if (!BackOff(options, &pause)) return absl::CancelledError("interrupted while attaching");
   }

@@ -89,6 +89,8 @@ absl::Status Gradients::Post(uint32_t u, bool last, uint64_t step) {
   if (!plan_.node_sum) {
     RETURN_IF_ERROR(requests_->PostUnanswered(ScatterEntry(u, last, step)));
   } else {
+    // The mark travels with a slot, if need be with an empty one.
+    if (last && OpenPartsOf(u).empty()) RETURN_IF_ERROR(OpenSlot({u, 0}, step));
     const std::vector<Part> open = OpenPartsOf(u);
     for (size_t i = 0; i < open.size(); ++i) {
       RETURN_IF_ERROR(PostSlot(open[i], last && i + 1 == open.size(), step));
@@ -105,7 +107,8 @@ absl::Status Gradients::Scatter(uint32_t u, bool last, uint64_t step) {
   RETURN_IF_ERROR(TakeAnswers());
   RETURN_IF_ERROR(error_);
   // Without a gradient there is nothing to hand over; STEP says that none comes.
-  const bool something = plan_.node_sum ? !OpenPartsOf(u).empty() : unit.landed && last;
+  const bool something = plan_.node_sum ? !OpenPartsOf(u).empty() || (last && unit.unmarked)
+                                        : unit.landed && last;
   if (something) RETURN_IF_ERROR(Post(u, last, step));
   unit.last = last;
   return absl::OkStatus();
@@ -116,7 +119,6 @@ absl::StatusOr<uint32_t> Gradients::HandOver(uint32_t u, uint64_t step) {
   if (unit.last && unit.posted) return unit.rounds;
   RETURN_IF_ERROR(TakeAnswers());
   RETURN_IF_ERROR(error_);
-  if (plan_.node_sum && OpenPartsOf(u).empty()) RETURN_IF_ERROR(OpenSlot({u, 0}, step));
   RETURN_IF_ERROR(Post(u, /*last=*/true, step));
   unit.last = true;
   return unit.rounds;
@@ -168,7 +170,9 @@ absl::Status Gradients::ScatterRest(uint64_t step) {
   RETURN_IF_ERROR(TakeAnswers());
   RETURN_IF_ERROR(error_);
   for (uint32_t u = 0; u < units_.size(); ++u) {
-    if (units_[u].landed && !units_[u].last) RETURN_IF_ERROR(Scatter(u, true, step));
+    if (!units_[u].landed || units_[u].last) continue;
+    if (plan_.node_sum && OpenPartsOf(u).empty()) continue;  // STEP, which follows, is the mark
+    RETURN_IF_ERROR(Scatter(u, true, step));
   }
   return absl::OkStatus();
 }
@@ -179,7 +183,7 @@ absl::Status Gradients::EndStep() {
       for (uint32_t p : unit.parameters) touched_[plan_.parameters[p].touched] = 0;
     }
     if (unit.reclaim != 0) requests_->Abandon(unit.reclaim);
-    unit.landed = unit.last = unit.posted = false;
+    unit.landed = unit.last = unit.posted = unit.unmarked = false;
     for (Slot& slot : unit.slots) slot.open = false;
     unit.rounds = 0;
     unit.reclaim = 0;
@@ -213,8 +217,8 @@ std::vector<Gradients::Part> Gradients::OpenPartsOf(uint32_t unit) const {
   return open;
 }
 
-// All parts but the last leave at once, so that a large parameter takes no more staging than a
-// small one. The last one waits for the rest of its unit, and for the mark.
+// The parts that have nothing but this parameter leave at once, so that a large one takes no more
+// staging than a small one. The others wait for the rest of their unit, and for the mark.
 absl::Status Gradients::LandInParts(uint32_t parameter, const std::byte* gradient, DType dtype,
                                     uint64_t step) {
   const ParameterPlan& p = plan_.parameters[parameter];
@@ -224,15 +228,18 @@ absl::Status Gradients::LandInParts(uint32_t parameter, const std::byte* gradien
   };
   const uint32_t first = part_of(p.offset);
   const uint32_t last = p.elements == 0 ? first : part_of(p.offset + p.elements - 1);
+  bool landed = false;
   for (Part part{p.unit, first}; part.part <= last; ++part.part) {
     absl::Status status;
     if (!SlotOf(part).open) status = OpenSlot(part, step);
+    const bool whole = PartBegin(part) >= p.offset && PartEnd(part) <= p.offset + p.elements;
     if (status.ok()) {
       LandPart(parameter, part, gradient, dtype);
-      if (part.part < last) status = PostSlot(part, /*last=*/false, step);
+      landed = true;
+      if (whole && first != last) status = PostSlot(part, /*last=*/false, step);
     }
     if (status.ok()) continue;
-    if (part.part > first && error_.ok()) {
+    if (landed && error_.ok()) {
       error_ = absl::FailedPreconditionError(absl::StrCat(
           "the gradient of parameter '", p.name, "' was interrupted while it was handed over (",
           status.message(), "), so step ", step, " cannot be completed: start this rank again"));
@@ -269,6 +276,7 @@ absl::Status Gradients::PostSlot(Part part, bool last, uint64_t step) {
   ASSIGN_OR_RETURN(const uint64_t cookie, requests_->Post(entry));
   in_flight_.push_back({cookie, slot.offset, SlotBytes(part)});
   slot.open = false;
+  units_[part.unit].unmarked = !last;
   std::erase_if(open_, [&](Part other) {
     return other.unit == part.unit && other.part == part.part;
   });

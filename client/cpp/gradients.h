@@ -56,6 +56,7 @@ class Gradients {
     bool landed = false;   // something, in this step
     bool last = false;     // Scatter(last) was called
     bool posted = false;   // and the daemon was told
+    bool unmarked = false;  // node_sum: something was posted that no mark followed
     uint32_t rounds = 0;   // as the daemon counts them: Job::CloseRounds
     uint64_t reclaim = 0;  // cookie of a RECLAIM that was interrupted
     std::vector<Slot> slots;  // node_sum: those being landed in, one for each part

@@ -370,6 +370,7 @@ class Job {
   uint64_t TouchedBytes(UnitIndex unit, uint32_t part, const std::vector<bool>& touched) const;
   bool Passed(const Slot& slot, UnitIndex unit, const Staged& s, uint32_t index) const;
   bool Ready(UnitIndex unit, const Staged& s) const;
+  bool FirstOfItsPart(UnitIndex unit, const Staged& s) const;
   bool Waits(UnitIndex unit, const Staged& s) const;
   void SetForecast(const std::vector<UnitIndex>& trace);
   void Saw(SlotIndex slot, UnitIndex unit);

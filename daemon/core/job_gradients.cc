@@ -29,15 +29,15 @@ uint64_t Pages(uint64_t bytes) {
 
 uint64_t AsideBytesMax(const Layout& layout, uint64_t part_elements) {
   uint64_t bytes = 0;
-  for (const Unit& unit : layout.units()) {
-    for (uint32_t part = 0; part < StagedParts(unit, part_elements); ++part) {
-      const Range range = StagedPart(unit, part_elements, part);
-      for (uint32_t index : unit.parameters) {
-        const Parameter& p = layout.parameters()[index];
-        const Range here = Intersect(range, {p.offset, p.offset + p.elements});
-        if (!here.empty()) bytes += Pages(here.size() * sizeof(float));
-      }
-    }
+  for (const Parameter& p : layout.parameters()) {
+    if (!p.trainable) continue;
+    uint64_t begin = p.offset;
+    do {
+      const uint64_t end = std::min((begin / part_elements + 1) * part_elements,
+                                    p.offset + p.elements);
+      bytes += Pages((end - begin) * sizeof(float));
+      begin = end;
+    } while (begin < p.offset + p.elements);
   }
   return bytes;
 }
@@ -65,11 +65,10 @@ void Job::OnScatter(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step, 
   if (spec_.node_sum && something) {
     Staged staged{slot, cookie, staging_offset, s.marks[unit] + 1u, s.micro_steps,
                   part, s.indices[unit][part]++, TouchedBytes(unit, part, touched), ++scatters_};
-    auto place = std::upper_bound(
-        u.staged.begin(), u.staged.end(), staged,
-        [](const Staged& a, const Staged& b) { return a.Key() < b.Key(); });
     // The first may be on its way to the accumulator already; it stays the first.
-    if (place == u.staged.begin() && u.accumulating) ++place;
+    const auto place = std::upper_bound(
+        u.staged.begin() + (u.accumulating ? 1 : 0), u.staged.end(), staged,
+        [](const Staged& a, const Staged& b) { return a.Key() < b.Key(); });
     u.staged.insert(place, staged);
     s.unmarked[unit] = true;
   } else {
@@ -120,15 +119,27 @@ bool Job::Ready(UnitIndex unit, const Staged& s) const {
   return true;
 }
 
-// Adds what is next, if it is there.
+// Nothing of its part comes before `s` in the unit's queue.
+bool Job::FirstOfItsPart(UnitIndex unit, const Staged& s) const {
+  for (const Staged& before : units_[unit].staged) {
+    if (&before == &s) return true;
+    if (before.part == s.part) return false;
+  }
+  return true;
+}
+
+// Adds what is next of any part, if it is there: parts do not wait for each other.
 void Job::PumpStaging(UnitIndex unit) {
   UnitState& u = units_[unit];
-  if (u.accumulating || u.staged.empty() || u.reducing != 0 || u.gradient_exchanges != 0) return;
-  const Staged& next = u.staged.front();
-  if (next.moving || !Ready(unit, next)) return;
+  if (u.accumulating || u.reducing != 0 || u.gradient_exchanges != 0) return;
+  const auto next = std::find_if(u.staged.begin(), u.staged.end(), [&](const Staged& s) {
+    return !s.moving && Ready(unit, s) && FirstOfItsPart(unit, s);
+  });
+  if (next == u.staged.end()) return;
+  std::rotate(u.staged.begin(), next, next + 1);  // what is being added is the first
+  const Staged& s = u.staged.front();
   u.accumulating = true;
-  Emit(StartAccumulate{unit, next.slot, next.cookie, next.offset, /*first=*/!u.accumulated,
-                       next.aside});
+  Emit(StartAccumulate{unit, s.slot, s.cookie, s.offset, /*first=*/!u.accumulated, s.aside});
   u.accumulated = true;
 }
 
@@ -174,11 +185,11 @@ uint64_t Job::TouchedBytes(UnitIndex u, uint32_t part, const std::vector<bool>& 
   return Pages(elements * sizeof(float));
 }
 
-// True when `s` waits for another rank, itself or behind one that does; else it is added as soon
-// as the accumulator gets to it.
+// True when `s` waits for another rank, itself or behind one of its part that does; else it is
+// added as soon as the accumulator gets to it.
 bool Job::Waits(UnitIndex unit, const Staged& s) const {
   for (const Staged& before : units_[unit].staged) {
-    if (!Ready(unit, before)) return true;
+    if (before.part == s.part && !Ready(unit, before)) return true;
     if (&before == &s) break;
   }
   return false;

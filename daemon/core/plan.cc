@@ -189,13 +189,16 @@ void PlanTransfers(const Config& config, const Layout& layout, uint32_t members,
   plan->memory.staging = PageUp(kPiecesInFlight * 2 * sizeof(float) * (members - 1) * piece);
 }
 
-// As many as fit into the staging that the configuration asks for; in whole pages, which is what is
-// set aside of them.
-uint64_t StagedPartElements(uint64_t staging_bytes) {
+// As many as fit into the staging that the configuration asks for, in whole pages, which is what is
+// set aside of them; and enough that no unit has more than kStagedPartsMax.
+uint64_t StagedPartElements(const Layout& layout, uint64_t staging_bytes) {
   constexpr uint64_t kStep = kPage / sizeof(float);
-  if (staging_bytes == 0) return kStagedPartElementsMax;
+  uint64_t largest = 1;
+  for (const Unit& unit : layout.units()) largest = std::max(largest, unit.trainable_elements);
+  const uint64_t least = RoundUp((largest + kStagedPartsMax - 1) / kStagedPartsMax, kStep);
+  if (staging_bytes == 0) return std::max(least, kStagedPartElementsMax);
   const uint64_t fitting = staging_bytes / kStagedPartsAtOnce / kPage * kStep;
-  return std::clamp(fitting, kStep, kStagedPartElementsMax);
+  return std::max(least, std::min(fitting, kStagedPartElementsMax));
 }
 
 void PlanGradients(const Config& config, const Layout& layout, uint32_t local_world, bool node_sum,
@@ -214,7 +217,7 @@ void PlanGradients(const Config& config, const Layout& layout, uint32_t local_wo
     plan->gradient_file_bytes = std::max(bytes, kPage);
     m.accumulator = 0;
   } else {
-    plan->staged_part_elements = StagedPartElements(config.zerod.staging_bytes);
+    plan->staged_part_elements = StagedPartElements(layout, config.zerod.staging_bytes);
     uint64_t all = 0;
     uint64_t largest = 0;
     for (const Unit& unit : layout.units()) {

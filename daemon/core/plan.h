@@ -90,6 +90,7 @@ inline constexpr uint64_t kRingBytes = 92 << 10;
 // node_sum: what stands before the elements of a gradient in staging; likewise.
 constexpr uint64_t StagedHeaderBytes(uint64_t parameters) { return (parameters + 63) / 64 * 64; }
 inline constexpr uint64_t kStagedPartElementsMax = 4 << 20;  // 16 MiB
+inline constexpr uint64_t kStagedPartsMax = 4096;  // of a unit; larger parts where they are more
 inline constexpr uint32_t kStagedPartsAtOnce = 4;  // that staging has room for: one is added while
                                                    // one is landed, and what is begun of others
 inline constexpr uint64_t kStagingBytes = 32 << 20;  // at most, of all pieces in flight

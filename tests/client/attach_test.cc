@@ -132,6 +132,21 @@ TEST(Attach, OneThatHangsUpIsUnavailable) {
   EXPECT_EQ(Client::Attach(listener.Options()).status().code(), absl::StatusCode::kUnavailable);
 }
 
+TEST(Attach, ALongWaitIsTold) {
+  Listener listener([](int socket) {
+    Welcome(socket, Refusal(absl::StatusCode::kUnavailable, "the daemon drains"));
+  });
+  AttachOptions options = listener.Options();
+  options.attach_timeout_seconds = 600;
+  options.notice_seconds = 0.01;
+  std::vector<std::string> told;
+  options.on_wait = [&](const std::string& text) { told.push_back(text); };
+  options.interrupt = [&] { return told.size() == 2; };
+  EXPECT_EQ(Client::Attach(options).status().code(), absl::StatusCode::kCancelled);
+  EXPECT_THAT(told[1], HasSubstr("still attaching after"));
+  EXPECT_THAT(told[1], HasSubstr("for 600 s at most: the daemon drains"));
+}
+
 TEST(Attach, AnInterruptEndsTheTries) {
   Listener listener([](int socket) {
     Welcome(socket, Refusal(absl::StatusCode::kUnavailable, "the daemon drains"));

@@ -396,6 +396,22 @@ TEST_F(NodeSum, ALargeParameterLeavesPartByPart) {
   EXPECT_EQ(rest[40007 - 32768], 0.0f);
 }
 
+// The mark is sent though everything had left before it: other ranks' sums wait for it.
+TEST_F(NodeSum, WhatLeftEarlyIsMarkedByAnEmptySlot) {
+  FakeDaemon daemon(PlanInParts(1));
+  auto client = daemon.Attach();
+  ASSERT_TRUE(Land(*client, 3, 7).ok());
+  ASSERT_TRUE(Land(*client, 4, 7).ok());  // takes the place of the former
+  ASSERT_TRUE(client->Scatter(kA, true).ok());
+  const auto scatters = Scatters(daemon, *client);
+  ASSERT_EQ(scatters.size(), 4u);  // a; two parts of b, the second to make room; a's mark
+  EXPECT_EQ(scatters[3].unit, kA);
+  EXPECT_EQ(scatters[3].flags, shm::kLast);
+  EXPECT_THAT(std::vector<uint8_t>(daemon.gradient_bytes(scatters[3].arg0),
+                                   daemon.gradient_bytes(scatters[3].arg0) + 2),
+              ElementsAre(0, 0));
+}
+
 TEST_F(NodeSum, AGradientInterruptedHalfWayCannotBePartOfAStep) {
   FakeDaemon daemon(PlanInParts(1));
   HoldScatters(daemon);

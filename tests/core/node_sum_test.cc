@@ -131,6 +131,24 @@ TEST_F(NodeSumTest, EachPartOfAUnitHasAnOrderOfItsOwn) {
   EXPECT_TRUE(absl::IsInvalidArgument(Answer(35)));
 }
 
+TEST_F(NodeSumTest, PartsOfAUnitDoNotWaitForEachOther) {
+  JobSpec spec = Spec(1, 2);
+  spec.node_sum = true;
+  spec.staged_part_elements = 1024;
+  Make(spec);
+  Attach(2);
+  job_->OnScatter(1, 31, 1, 1, false, 500, {true}, 0);  // waits for rank 0's
+  job_->OnScatter(0, 32, 1, 1, false, 700, {true}, 1);
+  job_->OnScatter(1, 33, 1, 1, false, 600, {true}, 1);
+  EXPECT_EQ(Accumulated(), (std::vector<uint64_t>{700, 600}));
+  job_->OnScatter(0, 34, 1, 1, false, 800, {true}, 1);
+  EXPECT_EQ(Accumulated(), (std::vector<uint64_t>{800}));
+  job_->OnMakeRoom(1);
+  EXPECT_EQ(Take<StartSetAside>().size(), 1u);  // what was never in anybody's way
+  job_->OnScatter(0, 35, 1, 1, true, 900, {true}, 0);
+  EXPECT_EQ(Accumulated(), (std::vector<uint64_t>{900}));  // 500 is on its way aside
+}
+
 TEST_F(NodeSumTest, WhatWaitsIsSetAsideAndAddedInItsPlace) {
   job_->OnScatter(1, 31, 0, 1, false, 500, {true});
   job_->OnScatter(1, 32, 1, 1, false, 600, {true});

@@ -259,8 +259,9 @@ TEST(PlanTest, StagingDoesNotGrowWithTheLargestParameter) {
   EXPECT_EQ(plan(1 << 28).staging_bytes, 1u << 20);
   EXPECT_EQ(plan(1 << 28).staged_part_elements, (1u << 18) / kStagedPartsAtOnce);
   config.zerod.staging_bytes = 1;  // one part, as small as is possible
-  EXPECT_EQ(plan(1 << 28).staged_part_elements, 1024u);
-  EXPECT_EQ(plan(1 << 28).staging_bytes, Pages(header + 4096));
+  EXPECT_EQ(plan(1 << 20).staged_part_elements, 1024u);
+  EXPECT_EQ(plan(1 << 20).staging_bytes, Pages(header + 4096));
+  EXPECT_EQ(plan(1 << 28).staged_part_elements, (1u << 28) / kStagedPartsMax);  // larger
 }
 
 TEST(PlanTest, NodeSumIsChosenWhereRanksGradientsDoNotFit) {

@@ -304,10 +304,10 @@ void Member::Do(core::StartSetAside& a) {
   aside.bytes = a.bytes;
   uint64_t bytes = 0;
   for (const auto& [number, other] : aside_) bytes += other.bytes;
-  uint64_t most = 0;  // a gradient of the node, in whole pages for each unit
-  for (const auto& unit : s_.layout().units()) {
-    const uint64_t pages = (unit.trainable_elements * sizeof(float) + 4095) / 4096;
-    most += std::max<uint64_t>(1, pages) * 4096;
+  uint64_t most = 0;  // a gradient of the node, in whole pages for each parameter
+  for (const auto& p : s_.layout().parameters()) {
+    const uint64_t pages = (p.elements * sizeof(float) + 4095) / 4096;
+    if (p.trainable) most += std::max<uint64_t>(1, pages) * 4096;
   }
   if (bytes > most) {
     Violate(absl::StrCat("member ", index_, " sets ", bytes, " bytes aside"));

@@ -39,6 +39,7 @@ client::DaemonInfo EnsureDaemon(std::string address, bool embedded, std::string 
   options.local_rank = local_rank;
   options.attach_timeout_seconds = attach_timeout_seconds;
   options.interrupt = PendingSignal;
+  options.on_wait = LogWarning;
   auto info = [&] {
     nb::gil_scoped_release release;
     return client::EnsureDaemon(options);

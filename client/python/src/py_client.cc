@@ -296,6 +296,7 @@ std::unique_ptr<PyClient> Attach(std::vector<client::ModuleInfo> modules,
   options.attach_timeout_seconds = attach_timeout_seconds;
   options.takeover_seconds = takeover_seconds;
   options.interrupt = PendingSignal;
+  options.on_wait = LogWarning;
   std::vector<std::vector<size_t>> shapes;
   for (const client::ParameterInfo& parameter : options.parameters) {
     shapes.emplace_back(parameter.shape.begin(), parameter.shape.end());
@@ -483,6 +484,16 @@ bool PendingSignal() {
   nb::gil_scoped_acquire gil;
   // Once raised it stays so, until the call returns to Python.
   return PyErr_Occurred() != nullptr || PyErr_CheckSignals() != 0;
+}
+
+void LogWarning(const std::string& text) {
+  nb::gil_scoped_acquire gil;
+  if (PyErr_Occurred() != nullptr) return;  // PendingSignal's
+  try {
+    nb::module_::import_("logging").attr("getLogger")("zerod").attr("warning")("%s", text);
+  } catch (nb::python_error& error) {
+    error.discard_as_unraisable("the log of zerod");
+  }
 }
 
 void DefineClient(nb::module_& m) {

@@ -5,6 +5,8 @@
 
 #include <nanobind/nanobind.h>
 
+#include <string>
+
 namespace zerod::python {
 
 void DefineClient(nanobind::module_& m);
@@ -12,5 +14,7 @@ void DefineClient(nanobind::module_& m);
 // True when a signal handler of Python raised (Ctrl-C): the error is then set in this thread.
 // Takes the GIL. For AttachOptions::interrupt.
 bool PendingSignal();
+// A warning in Python's log. Takes the GIL. For AttachOptions::on_wait.
+void LogWarning(const std::string& text);
 
 }  // namespace zerod::python
