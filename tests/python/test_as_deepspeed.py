@@ -175,20 +175,25 @@ with deepspeed.zero.Init():
 
 
 FORKED = """
-import json, multiprocessing, os
+import json, multiprocessing, os, signal
 import deepspeed, torch
 
-def train(fails):
-    # Else both children have the name that the command was given.
+def train(end):
+    # Else all children have the name that the command was given.
     os.environ["ZEROD_JOB"] = f"forked-{os.getpid()}"
     deepspeed.initialize(model=torch.nn.Linear(4, 4), config={
         "train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "Adam"}})
-    if fails:
+    if end == "raise":
         raise ValueError("meant to fail")
+    if end == "interrupt":
+        try:  # as torch.multiprocessing does
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            pass
 
 codes = []
-for fails in (False, True):
-    child = multiprocessing.get_context("fork").Process(target=train, args=(fails,))
+for end in ("return", "raise", "interrupt"):
+    child = multiprocessing.get_context("fork").Process(target=train, args=(end,))
     child.start()
     child.join()
     codes.append(child.exitcode)
@@ -198,9 +203,9 @@ print('RESULT ' + json.dumps({"codes": codes}))
 
 def test_a_forked_process_leaves_its_job_when_its_function_returns(nodes):
     before = cluster.metric(nodes[0].metrics, "zerod_jobs")
-    assert result(command(sys.executable, "-c", FORKED, nodes=nodes)) == {"codes": [0, 1]}
-    # The one that failed has left its job for whoever comes next.
-    assert cluster.metric(nodes[0].metrics, "zerod_jobs") == before + 1
+    assert result(command(sys.executable, "-c", FORKED, nodes=nodes)) == {"codes": [0, 1, 0]}
+    # Those that did not come to their end have left their jobs for whoever comes next.
+    assert cluster.metric(nodes[0].metrics, "zerod_jobs") == before + 2
 
 
 def test_three_ways_in(tmp_path):

@@ -569,37 +569,45 @@ class LossAndMore(nn.Module):
         hidden = torch.tanh(self.a(x))
         logits = self.b(hidden)
         loss = logits.square().mean()
-        return {"loss": loss, "again": loss, "logits": logits, "hidden": [hidden],
-                "halves": self.b(hidden).chunk(2)}  # of one node
+        return {"loss": loss, "logits": logits, "hidden": [hidden],
+                "halves": self.b(hidden).chunk(2)}
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-@pytest.mark.parametrize(
-    "loss_of",
-    [
-        lambda out: out["loss"],
-        lambda out: out["logits"].sum(),
-        lambda out: out["logits"].sum() + out["loss"].detach(),
-        lambda out: out["halves"][0].sum(),
-        lambda out: out["halves"][1].sum() + out["halves"][0].square().sum(),
-    ],
-)
-def test_a_plain_backward_is_divided_by_the_accumulation_steps(loss_of, stage, fake):
+LOSSES = {
+    "loss": lambda engine, x: engine(x)["loss"],
+    "logits": lambda engine, x: engine(x)["logits"].sum(),
+    "half": lambda engine, x: engine(x)["halves"][0].sum(),
+    "both": lambda engine, x: (lambda out: out["loss"] + out["logits"].square().sum())(engine(x)),
+    "through": lambda engine, x: engine(engine(x)["logits"])["loss"],
+}
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_plain_backward_is_divided_by_the_accumulation_steps(kind, twice, fake):
     norms = []
     for plain in (False, True):
         torch.manual_seed(5)
-        engine = start(
-            LossAndMore(), fake, gradient_accumulation_steps=4,
-            zero_optimization={"stage": stage, "stage3_param_persistence_threshold": 0},
-        )
-        for micro in range(8):
-            loss = loss_of(engine(torch.full((2, 4), micro + 1.0)))
-            if plain:
-                engine.scale(loss).backward()
-            else:
-                engine.backward(loss)
+        engine = start(LossAndMore(), fake, gradient_accumulation_steps=3)
+        for micro in range(6):
+            loss = LOSSES[kind](engine, torch.full((2, 4), micro + 1.0))
+            for retain in (True, False)[1 - twice :]:
+                if plain:
+                    engine.scale(loss).backward(retain_graph=retain)
+                else:
+                    engine.backward(loss, retain_graph=retain)
             engine.step()
-            if micro % 4 == 3:
+            if micro % 3 == 2:
                 norms.append(engine.get_global_grad_norm())
         engine.destroy()
     assert norms[:2] == pytest.approx(norms[2:], rel=1e-4)
+
+
+def test_what_autograd_gives_is_not_divided(fake):
+    engine = start(LossAndMore(), fake, gradient_accumulation_steps=3)
+    x = torch.ones(2, 4, requires_grad=True)
+    (given,) = torch.autograd.grad(engine(x)["logits"].sum(), x)
+    plain = copy.deepcopy(engine.module)
+    (expected,) = torch.autograd.grad(plain(x)["logits"].sum(), x)
+    torch.testing.assert_close(given, expected)
+    engine.destroy()

@@ -10,7 +10,9 @@ import atexit
 import multiprocessing
 import multiprocessing.util
 import os
+import signal
 import sys
+import threading
 from typing import Any
 
 _engines: list[Any] = []
@@ -29,6 +31,7 @@ def leave_at_exit(engine: Any) -> None:
         atexit.register(_at_exit)
         if multiprocessing.parent_process() is not None:
             multiprocessing.util.Finalize(None, _at_end_of_child, exitpriority=0)
+            _watch_interrupts()
     _engines.append(engine)
 
 
@@ -46,6 +49,21 @@ def _watched(original: Any) -> Any:
         original(status)
 
     return exit
+
+
+def _watch_interrupts() -> None:
+    """torch.multiprocessing ends its processes by SIGINT, also when their parent is killed, and
+    catches what that raises: the function has not returned then."""
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        return
+
+    def interrupted(number: int, frame: Any) -> None:
+        global _failed
+        _failed = True
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, interrupted)
 
 
 def _at_end_of_child() -> None:

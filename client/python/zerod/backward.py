@@ -8,6 +8,10 @@ the engine finds them; what is there at step() joins the step.
 A backward pass can hold others (reentrant checkpointing runs one inside a node of the outer one);
 what counts is the outermost. `engine.backward()` says where it ends; for a plain `loss.backward()`
 autograd's own end-of-task callback does.
+
+As in DeepSpeed, a plain `loss.backward()` has its gradients divided by the number of accumulation
+steps, which engine.backward() divides the loss by. That is done where they are handed over, so it
+does not matter which of the model's outputs, or how many, the loss was made of.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,11 +27,6 @@ _task_id = torch._C._current_graph_task_id
 _COUNT_MAX = 255
 _explicit: "BackwardPass | None" = None  # the engine whose backward() is under way
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-
-def under_way() -> bool:
-    """An engine's backward() is: the loss is divided by the accumulation steps, if it is to be."""
-    return _explicit is not None
 
 
 class Expectation:
@@ -90,6 +89,7 @@ class BackwardPass:
         self.on_unit_done: Callable[[int], None] | None = None
         self.on_end: Callable[[], None] | None = None
         self.is_last: Callable[[], bool] = lambda: True  # the micro-step is the step's last
+        self.steps: Callable[[], int] = lambda: 1  # of accumulation
         self.parameters = parameters
         self.trainable = [p for p in parameters if p.trainable]
         self._unit_of = [view.unit for view in client.parameters]
@@ -108,6 +108,8 @@ class BackwardPass:
         self._tasks: list[int] = []
         self._explicit = False
         self._foreign = False  # the pass is another engine's
+        self._divisor = 1  # of the gradients of the pass under way
+        self._late: dict[int, int] = {}  # what waits in .grad for step() is divided by then
         self.needs_scale = False  # gradients must come from a loss that was scaled
         self.scaled = False  # it was, for the next pass
         self._handles = [
@@ -168,6 +170,7 @@ class BackwardPass:
                 "engine.scale(loss).backward()"
             )
         self.scaled = False
+        self._divisor = 1 if self._explicit else self.steps()
         self.expectation.begin()
 
     def _leave(self, task: int) -> None:
@@ -211,7 +214,12 @@ class BackwardPass:
         if not self._foreign:
             self.expectation.add(index)
             if not self._scattered[unit]:
-                self._land(index, parameter)
+                self._land(index, parameter, self._divisor)
+            elif self._late.setdefault(index, self._divisor) != self._divisor:
+                raise RuntimeError(
+                    f"{self.parameters[index].name!r} got gradients from engine.backward() and from "
+                    "a plain backward() behind the step's last micro-step: use one of them"
+                )
             # else it stays in .grad and adds up there until step()
         pending = self._pending.get(unit)
         if pending is None:
@@ -225,7 +233,7 @@ class BackwardPass:
         if not pending and self.on_unit_done:
             self.on_unit_done(unit)
 
-    def _land(self, index: int, parameter: torch.Tensor) -> None:
+    def _land(self, index: int, parameter: torch.Tensor, divisor: int) -> None:
         gradient = parameter.grad
         if gradient is None:
             return
@@ -238,6 +246,11 @@ class BackwardPass:
             gradient = gradient.contiguous()
         if gradient.dtype not in _NAMES:
             gradient = gradient.float()
+        if divisor != 1:
+            # In place, unless a graph that goes on has it.
+            gradient = gradient.detach() / divisor if gradient.requires_grad else gradient.div_(
+                divisor
+            )
         self.client.land(index, gradient.data_ptr(), _NAMES[gradient.dtype])
         parameter.grad = None
         unit = self._unit_of[index]
@@ -264,8 +277,7 @@ class BackwardPass:
             if self._scattered[unit]:
                 self.client.reclaim(unit)
                 self._scattered[unit] = 0
-            for managed in members:
-                self._land(managed.index, managed.parameter)
+            self._land_all(members)
         for unit in list(self._open):
             self._scatter(unit, last=True)
 
@@ -273,6 +285,7 @@ class BackwardPass:
         """zero_grad() of what waits in .grad, where nothing of this step was handed over: it is of
         other engines' passes, or the user's."""
         for managed in () if self._landed_in_step else self.parameters:
+            self._late.pop(managed.index, None)
             gradient = managed.parameter.grad
             if set_to_none:
                 managed.parameter.grad = None
@@ -324,7 +337,7 @@ class BackwardPass:
 
     def _land_all(self, members: list[ManagedParameter]) -> None:
         for managed in members:
-            self._land(managed.index, managed.parameter)
+            self._land(managed.index, managed.parameter, self._late.pop(managed.index, 1))
 
     def _hand_over(self, unit: int) -> int:
         rounds: int = self.client.hand_over(unit)
@@ -345,6 +358,7 @@ class BackwardPass:
         """After STEP: a new step begins."""
         self._landed.clear()
         self._open.clear()
+        self._late.clear()
         self._landed_in_step = False
         self._scattered = bytearray(len(self._scattered))
         self._touched = bytearray(len(self._touched))

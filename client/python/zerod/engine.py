@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from zerod import at_exit, collectives, constructors, garbage, gathered
-from zerod.backward import BackwardPass, under_way
+from zerod.backward import BackwardPass
 from zerod.client_state import ClientState
 from zerod.copying import PlainCopies
 from zerod.errors import FailedPrecondition
@@ -21,7 +21,6 @@ from zerod.launch import Launch
 from zerod.loader import Loader
 from zerod.model import ModelDescription, tensors_in
 from zerod.optimizer import Optimizer
-from zerod.outputs import Outputs
 from zerod.parameter_offload import ParameterOffload
 from zerod.precision import Precision
 from zerod.progress import Progress, momenta, watched
@@ -95,6 +94,7 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
             self.client, self.description.parameters, overlap=zero["overlap_comm"] is not False
         )
         self.backward_pass.is_last = self.is_gradient_accumulation_boundary
+        self.backward_pass.steps = self.gradient_accumulation_steps
         self.backward_pass.needs_scale = self.fp16_enabled()
         self.precision = Precision(self.config)
         self.gathering = Gathering(self.module, self.description, self.client, self.backward_pass)
@@ -146,13 +146,14 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
         ):
             output = self.module(*args, **kwargs)
         if differentiate:
-            # The first hook of a backward pass tells which graph task is the outermost.
-            Outputs(tensors_in(output), self._enter_backward, self.gradient_accumulation_steps)
+            for tensor in tensors_in(output):
+                if tensor.grad_fn is not None:
+                    # The first hook of a backward pass tells which graph task is the outermost.
+                    tensor.register_hook(self._enter_backward)
         return output
 
-    def _enter_backward(self) -> int | None:
-        serial = self.backward_pass.enter()
-        return None if under_way() else serial
+    def _enter_backward(self, _: torch.Tensor) -> None:
+        self.backward_pass.enter()
 
     @watched("backward")
     def backward(

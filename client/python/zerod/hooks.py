@@ -11,9 +11,9 @@ in a unit's memory. Units that are resident need none of this and get no hook.
 
 What the nets cannot see is a parameter that was looked up before: a checkpoint's recomputation may
 have it among its arguments, and the graph that a backward pass with create_graph makes has it as it
-was then. Units that were looked up outside of their module's forward stay held to the forward's
-end, and where something is recomputed from the beginning of the backward pass to its end; those of
-a pass that makes a graph are held until step().
+was then. The last few units that were looked up outside of their module's forward stay held to the
+forward's end, and where something is recomputed from the beginning of the backward pass to its end;
+those of a pass that makes a graph are held until step().
 
 Holds are a set: gathering twice and releasing twice do no harm.
 """
@@ -33,6 +33,7 @@ from zerod.model import ModelDescription, callable_module, paths_of, tensors_in
 
 log = logging.getLogger("zerod")
 _task_id = torch._C._current_graph_task_id  # -1 outside of backward
+_STRAYS_MAX = 4
 
 
 class Call:
@@ -123,7 +124,9 @@ class Gathering:
         self.held = bytearray(len(views))
         self.pins = [0] * len(views)  # GatheredParameters
         self.depth = [0] * len(views)  # forwards of the unit's modules under way
-        self._strays: set[int] = set()  # looked up in this step outside of their modules' forwards
+        # The last units that were looked up in this step outside of their modules' forwards, and
+        # whether a graph was being made then.
+        self._strays: dict[int, bool] = {}
         self._recomputes = False  # after that a module was called whose forward is made again
         self._differentiates = False  # the engine's forward under way
         self._makes_graph = False  # the backward pass under way, of tensors that no net packs
@@ -183,9 +186,10 @@ class Gathering:
         # are up they pack what that graph saves.
         self._makes_graph = torch.is_grad_enabled() and not _saved_tensor_hooks_present()
         if self._recomputes:
-            for unit in self._strays:
-                self.gather(unit)
-            self._kept |= self._strays
+            for unit, in_graph in self._strays.items():
+                if in_graph:
+                    self.gather(unit)
+                    self._kept.add(unit)
 
     def end_backward(self) -> None:
         for handle in self.leaf_handles:
@@ -391,9 +395,20 @@ class Gathering:
             return
         self.gather(unit)
         if not self.depth[unit]:
-            self._kept.add(unit)
-            if torch.is_grad_enabled() and _task_id() == -1:
-                self._strays.add(unit)
+            self._keep(unit)
+
+    def _keep(self, unit: int) -> None:
+        """A forward that only looks at each block before it calls it (for its type, say) is not to
+        hold them all."""
+        makes_graph = torch.is_grad_enabled() and _task_id() == -1
+        self._strays[unit] = self._strays.pop(unit, False) or makes_graph
+        self._kept.add(unit)
+        if len(self._strays) > _STRAYS_MAX:
+            oldest = next(iter(self._strays))
+            del self._strays[oldest]
+            self._kept.discard(oldest)
+            self._kept |= self._in_graphs
+            self.release(oldest)
 
     def _index_addresses(self) -> None:
         first: dict[int, int] = {}
