@@ -3,6 +3,10 @@
 """One copy per node: the peak, over the steps, of the PSS summed over ranks and daemon.
 
     bench/compare/memory.py --ranks 2     zerod (both gradient plans), DDP, FSDP2; 124M parameters
+
+The limit is what one copy of the state takes (fp32 weights, gradient, two moments: 16 bytes per
+parameter) and what PyTorch takes for forward and backward in each rank, its gradients freed as they
+come: measured in the same way, less the weights of each.
 """
 
 import argparse
@@ -13,8 +17,9 @@ import harness
 from worker import memory_of
 
 
-def peak_of(run) -> tuple[int, dict]:
-    """Samples until rank 0 has ended; returns the peak sum and its parts."""
+def peak_of(run) -> tuple[int, dict, int | None]:
+    """Samples until rank 0 has ended; returns the peak sum, its parts, and the limit's number of
+    parameters."""
     peak, parts = 0, {}
     stop = threading.Event()
 
@@ -42,10 +47,10 @@ def peak_of(run) -> tuple[int, dict]:
         elif record["mark"] == "end":
             stop.set()
 
-    run.follow(on_mark)
+    result = run.follow(on_mark)
     stop.set()
     sampler.join()
-    return peak, parts
+    return peak, parts, result.get("parameters")
 
 
 def main():
@@ -54,7 +59,7 @@ def main():
     parser.add_argument("--model", default="comm")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--systems", default="zerod:node_sum,zerod:per_rank,ddp,fsdp2")
+    parser.add_argument("--systems", default="limit,zerod:node_sum,zerod:per_rank,ddp,fsdp2")
     args = parser.parse_args()
     summary = {}
     for entry in args.systems.split(","):
@@ -62,10 +67,14 @@ def main():
         arguments = ["--model", args.model, "--steps", str(args.steps)]
         if plan:
             arguments += ["--zerod", json.dumps({"gradient_plan": plan})]
+        if system == "limit":
+            arguments += ["--free-gradients"]
         with harness.Network(1, None) as network, \
                 harness.Run(network, system, args.ranks, arguments) as run:
             run.start()
-            peak, parts = peak_of(run)
+            peak, parts, parameters = peak_of(run)
+        if system == "limit":
+            peak += (16 - 4 * args.ranks) * parameters
         summary[entry] = peak
         print(f"{entry:18} {peak / 1e9:6.2f} GB  "
               + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in parts.items()))

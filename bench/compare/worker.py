@@ -87,6 +87,10 @@ def build(args, config):
     model = GPT(**config)
     rank = int(os.environ["RANK"])
     if args.system == "limit":
+        if args.free_gradients:
+            for parameter in model.parameters():
+                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
         def forward_backward(batch):
             loss = model(*batch)
             loss.backward()
@@ -150,6 +154,8 @@ def main():
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--stage", type=int, default=3)
+    parser.add_argument("--free-gradients", action="store_true",
+                        help="limit: each gradient is freed as soon as it is complete")
     parser.add_argument("--zerod", default="{}", help="the config's block 'zerod', as JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)

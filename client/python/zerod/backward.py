@@ -217,8 +217,8 @@ class BackwardPass:
                 self._land(index, parameter, self._divisor)
             elif self._late.setdefault(index, self._divisor) != self._divisor:
                 raise RuntimeError(
-                    f"{self.parameters[index].name!r} got gradients from engine.backward() and from "
-                    "a plain backward() behind the step's last micro-step: use one of them"
+                    f"{self.parameters[index].name!r} got gradients from engine.backward() and "
+                    "from a plain backward() behind the step's last micro-step: use one of them"
                 )
             # else it stays in .grad and adds up there until step()
         pending = self._pending.get(unit)
