@@ -246,7 +246,7 @@ TEST(PlanTest, BucketsBoundTheStaging) {
 TEST(PlanTest, StagingDoesNotGrowWithTheLargestParameter) {
   Config config = Stage(3);
   config.zerod.gradient_plan = GradientPlanChoice::kNodeSum;
-  const auto plan = [&](uint64_t elements) {
+  const auto plan = [&](int64_t elements) {
     return *PlanJob(config, Units({elements, 100}), 1, 0, 2, kPlenty);
   };
   // Small: room for everything at once.
