@@ -282,10 +282,10 @@ class Job {
     uint64_t scalars = 0;          // posted in this generation
     std::vector<uint8_t> marks;    // per unit: rounds closed in this step, by SCATTER or RECLAIM
     std::vector<bool> unmarked;    // per unit: scattered since the last mark
-    // node_sum. Where the next scatter belongs: (micro_steps, indices[unit][part]) of round
-    // marks + 1.
+    // node_sum. Where the next scatter belongs: (scalars, micro_steps, indices[unit][part]) of
+    // round marks + 1.
     uint64_t micro_steps = 0;        // ended in this step
-    // Per unit and part of it: scatters in this micro-step and round.
+    // Per unit and part of it: scatters in this round since the last scalar or micro-step.
     std::vector<std::vector<uint32_t>> indices;
     bool wants_room = false;         // waits for the answer to any of its scatters
     size_t cursor = 0;             // where in the forecast it was last seen
@@ -306,14 +306,15 @@ class Job {
     uint64_t cookie = 0;  // 0: answered, since it was set aside
     uint64_t offset = 0;  // in the client's staging
     uint32_t round = 0;
+    uint64_t scalars = 0;
     uint64_t micro_step = 0;
     uint32_t part = 0;    // of the unit
-    uint32_t index = 0;   // in the micro-step and round, of this part
+    uint32_t index = 0;   // in all that, of this part
     uint64_t bytes = 0;   // of what was touched, in whole pages
     uint64_t order = 0;   // of coming, among all of this member
     uint64_t aside = 0;   // not 0: set aside under this number, or on its way there
     bool moving = false;  // on its way there
-    auto Key() const { return std::make_tuple(round, micro_step, index, slot, part); }
+    auto Key() const { return std::make_tuple(round, scalars, micro_step, index, slot, part); }
   };
   struct GradientRequest {  // PUT or READ of it
     Waiter waiter;
@@ -362,6 +363,7 @@ class Job {
   void AnswerGradientRequests(UnitState* u, const absl::Status& status,
                               std::optional<SlotIndex> slot = std::nullopt);
   void CloseRounds(SlotIndex slot, uint32_t rounds);
+  void PassOn(Slot* slot);
   void PumpStaging(UnitIndex unit);
   void PumpRoom();
   Staged* OldestInStaging(SlotIndex slot, UnitIndex* unit);

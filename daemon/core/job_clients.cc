@@ -431,6 +431,7 @@ Job::ScalarWait& Job::PostScalar(Waiter waiter, const ScalarValues& values) {
   }
   wait->values[waiter.slot] = values;
   wait->waiters.push_back(waiter);
+  if (spec_.node_sum) PassOn(&slots_[waiter.slot]);
   return *wait;
 }
 

@@ -3,13 +3,15 @@
 // Gradients: rounds and what becomes of them, and under node_sum the order in which they reach the
 // node's accumulator.
 //
-// node_sum. Staging is bounded, and the order of each sum is fixed: round, micro-step, index within
-// the micro-step, rank, for each part of a unit by itself. So a gradient may have to wait for
-// another rank: until that one has handed over what comes before, or cannot any more. It cannot
-// once its micro-step is over, so ranks that take different paths wait for each other's micro-step
-// at most. And where a client has no room left, what waits is set aside, so that it goes on: a rank
+// node_sum. Staging is bounded, and the order of each sum is fixed: round, scalars posted before,
+// micro-step, index within that, rank, for each part of a unit by itself. So a gradient may have to
+// wait for another rank: until that one has handed over what comes before, or cannot any more. It
+// cannot once its micro-step is over, so ranks that take different paths wait for each other's
+// micro-step at most; nor once it has posted a scalar that this rank has not, so that it is not
+// waited for by those that it waits for. And where a client has no room left, what waits is set aside, so that it goes on: a rank
 // that others wait for (in a collective of the script's own) is not kept waiting itself.
 #include <algorithm>
+#include <tuple>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -63,7 +65,7 @@ void Job::OnScatter(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step, 
   }
   const bool something = std::find(touched.begin(), touched.end(), true) != touched.end();
   if (spec_.node_sum && something) {
-    Staged staged{slot, cookie, staging_offset, s.marks[unit] + 1u, s.micro_steps,
+    Staged staged{slot, cookie, staging_offset, s.marks[unit] + 1u, s.scalars, s.micro_steps,
                   part, s.indices[unit][part]++, TouchedBytes(unit, part, touched), ++scatters_};
     // The first may be on its way to the accumulator already; it stays the first.
     const auto place = std::upper_bound(
@@ -90,21 +92,26 @@ void Job::OnMicroStep(SlotIndex slot, Step step) {
   Slot& s = slots_[slot];
   if (s.stepped) return;
   ++s.micro_steps;
-  for (auto& parts : s.indices) std::fill(parts.begin(), parts.end(), 0);
-  for (UnitIndex u = 0; u < units_.size(); ++u) PumpStaging(u);
-  PumpRoom();
+  PassOn(&s);
   Pump();
 }
 
 // --- node_sum: the order ---------------------------------------------------------------------
 
-// True when `slot` will hand over nothing more of this part of `unit` before (round and micro-step
-// of `s`, `index`).
+// It has ended a micro-step or posted a scalar: others may have waited for that.
+void Job::PassOn(Slot* slot) {
+  for (auto& parts : slot->indices) std::fill(parts.begin(), parts.end(), 0);
+  for (UnitIndex u = 0; u < units_.size(); ++u) PumpStaging(u);
+  PumpRoom();
+}
+
+// True when `slot` will hand over nothing more of this part of `unit` before the place of `s`, with
+// `index` for its index.
 bool Job::Passed(const Slot& slot, UnitIndex unit, const Staged& s, uint32_t index) const {
   if (slot.stepped || slot.marks[unit] >= s.round) return true;
   return slot.marks[unit] + 1u == s.round &&
-         std::make_pair(slot.micro_steps, slot.indices[unit][s.part]) >=
-             std::make_pair(s.micro_step, index);
+         std::make_tuple(slot.scalars, slot.micro_steps, slot.indices[unit][s.part]) >=
+             std::make_tuple(s.scalars, s.micro_step, index);
 }
 
 // True when nothing more can come that must be added before `s`.
@@ -215,7 +222,8 @@ Job::Staged* Job::OldestInStaging(SlotIndex slot, UnitIndex* unit) {
 // for, which may have to get on before it can.
 uint64_t Job::AsideMax(const Slot& slot) const {
   const bool ahead = std::any_of(slots_.begin(), slots_.end(), [&](const Slot& other) {
-    return !other.stepped && other.micro_steps < slot.micro_steps;
+    return !other.stepped && std::tie(other.scalars, other.micro_steps) <
+                                 std::tie(slot.scalars, slot.micro_steps);
   });
   return ahead ? aside_max_ / 2 : aside_max_;
 }

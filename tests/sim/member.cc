@@ -108,10 +108,12 @@ Member::Member(World* world, MemberIndex index)
   states_ = weights_;
   accumulated_step_.assign(s_.cells.size(), 0);
   reduced_step_.assign(s_.cells.size(), 0);
+  set_.resize(s_.cells.size());
+  set_step_.assign(s_.cells.size(), 0);
   marks_.assign(slots_.size(), std::vector<Marks>(s_.cells.size()));
-  for (const core::Unit& unit : s_.layout().units()) {
-    accumulators_.emplace_back(unit.parameters.size());
-    reduced_.emplace_back(unit.parameters.size());
+  for (const std::vector<Fragment>& fragments : s_.fragments) {
+    accumulators_.emplace_back(fragments.size());
+    reduced_.emplace_back(fragments.size());
   }
 }
 
@@ -225,7 +227,7 @@ void Member::Do(core::StartAllGather& a) {
 
 // What this node's clients have for `round`, as daemon/engine's GradientBook finds it.
 Member::Sums Member::NodeSum(UnitIndex unit, Step step, uint32_t round) const {
-  Sums sums(s_.layout().units()[unit].parameters.size());
+  Sums sums(s_.fragments[unit].size());
   if (s_.spec.node_sum) return accumulated_step_[unit] == step ? accumulators_[unit] : sums;
   for (SlotIndex slot = 0; slot < slots_.size(); ++slot) {
     const Marks& marks = marks_[slot][unit];
@@ -239,9 +241,18 @@ Member::Sums Member::NodeSum(UnitIndex unit, Step step, uint32_t round) const {
   return sums;
 }
 
-Member::Sums Member::Final(UnitIndex unit, Step step) const {
-  if (s_.spec.members == 1) return NodeSum(unit, step, 0);
-  return reduced_step_[unit] == step ? reduced_[unit] : Sums(reduced_[unit].size());
+Member::Sums Member::PerFragment(UnitIndex unit, Step step) const {
+  Sums sums(s_.fragments[unit].size());
+  if (s_.spec.members == 1) {
+    sums = set_step_[unit] == step ? set_[unit] : NodeSum(unit, step, 0);
+  } else if (reduced_step_[unit] == step) {
+    sums = reduced_[unit];
+  }
+  return sums;
+}
+
+std::vector<Gradient> Member::Final(UnitIndex unit, Step step) const {
+  return s_.JoinFragments(unit, PerFragment(unit, step));
 }
 
 void Member::Do(core::StartReduce& a) {
@@ -304,10 +315,13 @@ void Member::Do(core::StartSetAside& a) {
   aside.bytes = a.bytes;
   uint64_t bytes = 0;
   for (const auto& [number, other] : aside_) bytes += other.bytes;
-  uint64_t most = 0;  // a gradient of the node, in whole pages for each parameter
-  for (const auto& p : s_.layout().parameters()) {
-    const uint64_t pages = (p.elements * sizeof(float) + 4095) / 4096;
-    if (p.trainable) most += std::max<uint64_t>(1, pages) * 4096;
+  uint64_t most = 0;  // a gradient of the node, in whole pages for each fragment
+  for (UnitIndex u = 0; u < s_.fragments.size(); ++u) {
+    for (const Fragment& f : s_.fragments[u]) {
+      const uint32_t parameter = s_.layout().units()[u].parameters[f.place];
+      const uint64_t pages = (f.elements * sizeof(float) + 4095) / 4096;
+      if (s_.layout().parameters()[parameter].trainable) most += pages * 4096;
+    }
   }
   if (bytes > most) {
     Violate(absl::StrCat("member ", index_, " sets ", bytes, " bytes aside"));
@@ -338,7 +352,7 @@ void Member::Do(core::ComputeNorm& a) {
     for (UnitIndex u = 0; u < s_.cells.size() && a.needed; ++u) {
       const core::Range shard = partition_.TrainableShard(u, index_);
       std::vector<double> squares(s_.layout().Blocks(shard), 0.0);
-      const Sums sums = Final(u, a.step);
+      const std::vector<Gradient> sums = Final(u, a.step);
       for (const Cell& cell : s_.cells[u]) {
         if (cell.owner != index_ || !cell.trainable) continue;
         const uint64_t block =
@@ -364,11 +378,7 @@ void Member::Do(core::CommitBlobs& a) {
   blobs_ = a.step;
   CheckAside("when the step is committed");
   if (a.step != world_->truth().committed() + 1) return;
-  std::vector<std::shared_ptr<Process>> processes;
-  for (MemberIndex m = 0; m < s_.spec.members; ++m) {
-    for (const auto& p : world_->member(m).slots()) processes.push_back(p);
-  }
-  world_->truth().Commit(a.step, processes);
+  world_->truth().Commit(a.step, world_->Attached());
 }
 
 void Member::CheckPlan(const core::ApplyPlan& plan) const {
@@ -402,7 +412,7 @@ void Member::Do(core::StartMeasure& a) {
   world_->Trace("member ", index_, " measures unit ", a.unit);
   world_->Happens(Moment::kMeasure);
   CheckPlan(*a.plan);
-  const Sums before = Final(a.unit, a.plan->step);
+  const std::vector<Gradient> before = Final(a.unit, a.plan->step);
   const std::vector<uint64_t> weights = weights_[a.unit];
   Later([=, this] {
     if (Final(a.unit, a.plan->step) != before || weights_[a.unit] != weights) {
@@ -414,7 +424,7 @@ void Member::Do(core::StartMeasure& a) {
 
 // In the order of the cells, which is the layout's.
 std::vector<core::TensorSquares> Member::MeasureUnit(UnitIndex unit, const core::ApplyPlan& plan) {
-  const Sums sums = Final(unit, plan.step);
+  const std::vector<Gradient> sums = Final(unit, plan.step);
   std::vector<core::TensorSquares> squares;
   for (size_t c = 0; c < s_.cells[unit].size(); ++c) {
     const Cell& cell = s_.cells[unit][c];
@@ -435,7 +445,7 @@ std::vector<core::TensorSquares> Member::MeasureUnit(UnitIndex unit, const core:
 void Member::Do(core::StartApply& a) {
   world_->Happens(Moment::kApply);
   CheckPlan(*a.plan);
-  const Sums before = Final(a.unit, a.plan->step);
+  const std::vector<Gradient> before = Final(a.unit, a.plan->step);
   // At stages 1 and 2 in fp32 the window is the master copy.
   if (s_.spec.window.resident[a.unit]) window_->Scramble(a.unit);
   Later([=, this] {
@@ -449,7 +459,7 @@ void Member::Do(core::StartApply& a) {
 }
 
 void Member::ApplyUnit(UnitIndex unit, const core::ApplyPlan& plan) {
-  const Sums sums = Final(unit, plan.step);
+  const std::vector<Gradient> sums = Final(unit, plan.step);
   for (size_t c = 0; c < s_.cells[unit].size(); ++c) {
     const Cell& cell = s_.cells[unit][c];
     if (!s_.Keeps(index_, cell) || !cell.trainable || !plan.decision.touched[cell.parameter]) {
@@ -500,6 +510,7 @@ void Member::Do(core::StartPut& a) {
   world_->Happens(Moment::kPut);
   EntryStarts(a.seq);
   if (a.origin == index_) world_->wire(a.seq).values = slots_[a.slot]->transfer()[a.unit];
+  if (a.kind == core::StateKind::kGradient) return PutGradient(a);
   const bool master = a.kind == core::StateKind::kMaster;
   if (master && s_.spec.window.resident[a.unit]) window_->Scramble(a.unit);
   world_->StartExchange(a.seq, index_, Hash(3, a.unit, a.origin, a.slot, a.begin, a.count, a.kind),
@@ -516,14 +527,39 @@ void Member::Do(core::StartPut& a) {
   });
 }
 
+// Nothing comes behind it: the scripts say so.
+void Member::PutGradient(const core::StartPut& a) {
+  const Step step = job_->committed() + 1;
+  const Sums before = PerFragment(a.unit, step);
+  world_->StartExchange(a.seq, index_, Hash(5, a.unit, a.origin, a.slot, a.begin, a.count),
+                        [=, this](bool ok) {
+    if (!alive_ || ended_) return;
+    if (PerFragment(a.unit, step) != before) {
+      Violate(absl::StrCat("the gradient of unit ", a.unit, " grows while it is set"));
+    }
+    Sums& sums = s_.spec.members == 1 ? set_[a.unit] : reduced_[a.unit];
+    sums = before;
+    if (s_.spec.members == 1) set_step_[a.unit] = step;
+    for (size_t f = 0; f < sums.size() && ok; ++f) {
+      if (sums[f].any) sums[f] = SetGradient(world_->wire(a.seq).values[0], f);
+    }
+    EntryDone(a.seq, ok);
+  });
+}
+
 void Member::Do(core::StartRead& a) {
   EntryStarts(a.seq);
   World::Wire& wire = world_->wire(a.seq);
   const std::vector<Cell>& cells = s_.cells[a.unit];
   wire.values.resize(cells.size());
   for (size_t c = 0; c < cells.size(); ++c) {
-    const bool master = a.kind == core::StateKind::kMaster;
-    if (cells[c].owner == index_) wire.values[c] = (master ? weights_ : states_)[a.unit][c];
+    if (cells[c].owner != index_) continue;
+    if (a.kind == core::StateKind::kGradient) {
+      wire.values[c] = Read(Final(a.unit, job_->committed() + 1)[cells[c].place]);
+    } else {
+      const bool master = a.kind == core::StateKind::kMaster;
+      wire.values[c] = (master ? weights_ : states_)[a.unit][c];
+    }
   }
   const auto process = a.origin == index_ ? slots_[a.slot] : nullptr;
   world_->StartExchange(a.seq, index_, Hash(4, a.unit, a.origin, a.slot, a.begin, a.count, a.kind),
@@ -552,6 +588,7 @@ void Member::Do(core::DropGradients&) {
   for (auto& slot : marks_) {
     for (Marks& marks : slot) marks = Marks{};
   }
+  std::fill(set_step_.begin(), set_step_.end(), 0);
   for (Sums& sums : accumulators_) std::fill(sums.begin(), sums.end(), Gradient{});
   for (Sums& sums : reduced_) std::fill(sums.begin(), sums.end(), Gradient{});
 }

@@ -84,7 +84,7 @@ class Member {
     uint32_t round = 0;
     std::vector<bool> touched;
   };
-  using Sums = std::vector<Gradient>;  // per place of a unit
+  using Sums = std::vector<Gradient>;  // per fragment of a unit
   struct Aside {
     Sums sums;
     uint64_t bytes = 0;
@@ -114,7 +114,10 @@ class Member {
   void EntryStarts(uint64_t seq);
   void EntryDone(uint64_t seq, bool ok);
   Sums NodeSum(UnitIndex unit, Step step, uint32_t round) const;
-  Sums Final(UnitIndex unit, Step step) const;
+  Sums PerFragment(UnitIndex unit, Step step) const;
+  // Per place of the unit.
+  std::vector<Gradient> Final(UnitIndex unit, Step step) const;
+  void PutGradient(const core::StartPut& a);
   void CheckPlan(const core::ApplyPlan& plan) const;
   void ApplyUnit(UnitIndex unit, const core::ApplyPlan& plan);
   std::vector<core::TensorSquares> MeasureUnit(UnitIndex unit, const core::ApplyPlan& plan);
@@ -138,6 +141,8 @@ class Member {
   std::map<uint64_t, Aside> aside_;             // by number
   std::vector<Sums> reduced_;                   // [unit], several members
   std::vector<Step> reduced_step_;
+  std::vector<Sums> set_;                       // [unit], one member: in place of all that came
+  std::vector<Step> set_step_;
   uint64_t last_seq_ = 0;
   Step blobs_ = 0;
   bool draining_ = false;

@@ -40,6 +40,14 @@ inline Gradient Add(const Gradient& a, const Gradient& b) {
   return {true, a.nonfinite || b.nonfinite, a.sum + b.sum, Mix(a.order, b.order)};
 }
 
+// What one parameter's gradient is, of its fragments in order.
+inline Gradient Join(const Gradient& a, const Gradient& b) {
+  return {a.any || b.any, a.nonfinite || b.nonfinite, Mix(a.sum, b.sum), Mix(a.order, b.order)};
+}
+
+// As a script reads it.
+inline uint64_t Read(const Gradient& g) { return g.any ? Hash(g.sum, g.order) : 0; }
+
 // Its share of the squared norm: a small integer, so that sums of them are exact in any order.
 inline double Square(const Gradient& g) {
   return g.any ? static_cast<double>(1 + (g.order & 1023)) : 0.0;

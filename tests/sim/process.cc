@@ -17,12 +17,12 @@ Process::Process(World* world, Rank rank, uint64_t incarnation)
   holds_.assign(units, Hold::kNone);
   hold_words_.assign(units, 0);
   rounds_.assign(units, 0);
-  indices_.assign(units, 0);
   landings_.resize(units);
-  for (const core::Unit& unit : s_.layout().units()) {
+  for (UnitIndex u = 0; u < units; ++u) {
+    indices_.emplace_back(s_.Parts(u));
     UnitGradients& g = gradients_.emplace_back();
-    g.file.resize(unit.parameters.size());
-    g.touched.assign(unit.parameters.size(), false);
+    g.file.resize(s_.fragments[u].size());
+    g.touched.assign(g.file.size(), false);
   }
   for (const std::vector<Cell>& cells : s_.cells) transfer_.emplace_back(cells.size(), 0);
 }
@@ -332,9 +332,9 @@ void Process::Perform(const Op& op) {
       }
       break;
     case OpKind::kCompute: break;
-    case OpKind::kLand: Land(op); break;
-    case OpKind::kScatter: return Scatter(op.unit, op.last);
-    case OpKind::kMicroStep: EndMicroStep(); break;
+    case OpKind::kLand: return Land(op);
+    case OpKind::kScatter: return Scatter(op);
+    case OpKind::kMicroStep: return EndMicroStep();
     case OpKind::kReclaim: {
       const UnitGradients& g = gradients_[op.unit];
       if (!g.last) break;
@@ -347,7 +347,7 @@ void Process::Perform(const Op& op) {
       for (UnitIndex u = 0; u < rounds_.size(); ++u) {
         if (rounds_[u] >= rounds_[op.unit]) continue;
         rounds_[u] = rounds_[op.unit];
-        indices_[u] = 0;
+        std::fill(indices_[u].begin(), indices_[u].end(), 0);
       }
       Post({OpKind::kReclaim, op.unit}, [slot = slot_, u = op.unit, step = step_](
                                              core::Job& job, uint64_t cookie) {
@@ -357,6 +357,8 @@ void Process::Perform(const Op& op) {
     }
     case OpKind::kScalar:
       waiting_ = true;
+      ++scalars_;
+      PassOn();
       Post({OpKind::kScalar}, [slot = slot_](core::Job& job, uint64_t cookie) {
         job.OnScalar(slot, cookie, core::ScalarValues{});
       });
@@ -377,7 +379,7 @@ void Process::Perform(const Op& op) {
     case OpKind::kQuiet: reading_ = false; break;
     case OpKind::kReading: StartReading(); break;
     case OpKind::kStall: return world_->Stall(shared_from_this());
-    case OpKind::kStep: return SendStep();
+    case OpKind::kStep: return ScatterRest();
     case OpKind::kDetach:
       waiting_ = true;
       reading_ = false;
@@ -452,7 +454,9 @@ void Process::Put(UnitIndex u, core::StateKind state) {
 
 void Process::Read(const Op& op) {
   waiting_ = true;
-  const uint64_t elements = s_.layout().units()[op.unit].elements;
+  const core::Unit& unit = s_.layout().units()[op.unit];
+  const uint64_t elements =
+      op.state == core::StateKind::kGradient ? unit.trainable_elements : unit.elements;
   Post({OpKind::kRead, op.unit, 0, op.state},
        [slot = slot_, op, elements](core::Job& job, uint64_t cookie) {
          job.OnRead(slot, cookie, op.unit, 0, elements, op.state);
@@ -461,6 +465,8 @@ void Process::Read(const Op& op) {
 
 void Process::Restore(bool other) {
   waiting_ = true;
+  ++scalars_;
+  PassOn();
   core::OptimizerProgress progress = *RestoreOf(s_, step_);
   if (other && rank_ + 1 == s_.world()) ++progress.parameter_steps[0];
   Post({other ? OpKind::kRestoreOther : OpKind::kRestore},
@@ -470,6 +476,10 @@ void Process::Restore(bool other) {
 }
 
 void Process::CheckRead(const Request& request) const {
+  if (request.state == core::StateKind::kGradient) {
+    world_->CheckGradient(request.unit, transfer_[request.unit]);
+    return;
+  }
   const Truth& truth = world_->truth();
   const bool master = request.state == core::StateKind::kMaster;
   const Truth::Weights& expected = master ? truth.Before(step_) : truth.StateBefore(step_);
@@ -484,100 +494,9 @@ void Process::CheckProgress(const core::OptimizerProgress& progress) const {
                        "loss scale, in step ", step_));
 }
 
-// --- Gradients -----------------------------------------------------------------------------------
-
-void Process::Land(const Op& op) {
-  UnitGradients& g = gradients_[op.unit];
-  if (op.places == 0 || g.last) return;
-  std::vector<Gradient> landing(g.file.size());
-  for (size_t i = 0; i < landing.size(); ++i) {
-    if (((op.places >> i) & 1) == 0) continue;
-    const uint64_t value =
-        Hash(s_.seed, rank_, incarnation_, step_, attempt_, op.unit, i, op.micro_step);
-    landing[i] = {true, s_.nonfinite && value % 61 == 0, value, Mix(value, 1)};
-    g.file[i] = g.touched[i] ? Add(g.file[i], landing[i]) : landing[i];
-    g.touched[i] = true;
-  }
-  g.landed = true;
-  landings_[op.unit].push_back(std::move(landing));
-}
-
-void Process::Scatter(UnitIndex u, bool last) {
-  UnitGradients& g = gradients_[u];
-  if (!g.last) {
-    const bool something = s_.spec.node_sum ? g.landed : g.landed && last;
-    if (something && !PostScatter(u, last)) {
-      waiting_ = true;
-      blocked_ = [this, u, last] { Scatter(u, last); };
-      return;
-    }
-    g.last = last;
-  }
-  Continue();
-}
-
-// False: there is no room in the staging memory.
-bool Process::PostScatter(UnitIndex u, bool last) {
-  UnitGradients& g = gradients_[u];
-  if (s_.spec.node_sum && scatters_ >= s_.staging_slots) {
-    Hint([slot = slot_](core::Job& job) { job.OnMakeRoom(slot); });
-    return false;
-  }
-  const uint32_t round = rounds_[u] + 1;
-  std::vector<Gradient> sum(g.file.size());
-  for (const std::vector<Gradient>& landing : std::exchange(landings_[u], {})) {
-    if (!s_.spec.node_sum) {
-      handed_.push_back({u, round, micro_steps_, indices_[u]++, landing});
-    }
-    for (size_t i = 0; i < sum.size(); ++i) sum[i] = Add(sum[i], landing[i]);
-  }
-  std::vector<bool> touched = g.touched;
-  uint64_t offset = 0;
-  if (s_.spec.node_sum) {
-    handed_.push_back({u, round, micro_steps_, indices_[u]++, sum});
-    offset = next_offset_++;
-    staging_[offset] = std::move(sum);
-    std::fill(g.touched.begin(), g.touched.end(), false);
-    g.landed = false;
-    ++scatters_;
-  }
-  if (last) {
-    ++rounds_[u];
-    indices_[u] = 0;
-    g.posted = true;
-  }
-  auto call = [world = world_, member = member_, slot = slot_, u, step = step_, last, offset,
-               touched = std::move(touched)](core::Job& job, uint64_t cookie) {
-    world->member(member).Mark(slot, u, step, last, touched);
-    job.OnScatter(slot, cookie, u, step, last, offset, touched);
-  };
-  if (s_.spec.node_sum) {
-    Post({OpKind::kScatter, u, offset}, std::move(call));
-  } else {
-    Hint([call = std::move(call)](core::Job& job) { call(job, 0); });
-  }
-  return true;
-}
-
-void Process::EndMicroStep() {
-  ++micro_steps_;
-  std::fill(indices_.begin(), indices_.end(), 0);
-  Hint([slot = slot_, step = step_](core::Job& job) { job.OnMicroStep(slot, step); });
-}
-
 // --- STEP ----------------------------------------------------------------------------------------
 
 void Process::SendStep() {
-  for (UnitIndex u = 0; u < gradients_.size(); ++u) {
-    UnitGradients& g = gradients_[u];
-    if (!g.landed || g.last) continue;
-    if (!PostScatter(u, true)) {
-      waiting_ = true;
-      blocked_ = [this] { SendStep(); };
-      return;
-    }
-    g.last = true;
-  }
   for (UnitIndex u = 0; u < holds_.size(); ++u) Unhold(u);
   reading_ = false;
   step_sent_ = true;
@@ -594,11 +513,11 @@ void Process::SendStep() {
 void Process::EndStep() {
   for (UnitGradients& g : gradients_) {
     std::fill(g.touched.begin(), g.touched.end(), false);
-    g.landed = g.last = g.posted = false;
+    g.landed = g.last = g.posted = g.unmarked = false;
   }
   for (auto& landings : landings_) landings.clear();
   std::fill(rounds_.begin(), rounds_.end(), 0);
-  std::fill(indices_.begin(), indices_.end(), 0);
+  for (auto& parts : indices_) std::fill(parts.begin(), parts.end(), 0);
   micro_steps_ = 0;
   handed_.clear();
   step_sent_ = false;

@@ -24,19 +24,22 @@ class Process : public std::enable_shared_from_this<Process> {
   enum class Hold : uint8_t { kNone, kClaiming, kHeld };
   // Gradients of one unit on their way, as client/cpp keeps them.
   struct UnitGradients {
-    std::vector<Gradient> file;   // per place
-    std::vector<bool> touched;
+    std::vector<Gradient> file;   // per_rank: per fragment
+    std::vector<bool> touched;    // per fragment; node_sum: and not handed over
     bool landed = false;
     bool last = false;
     bool posted = false;
+    bool unmarked = false;        // node_sum: some of it left without a mark
   };
   // What was handed over, for Truth: per scatter, in order.
   struct Handed {
     UnitIndex unit = 0;
+    uint32_t part = 0;
     uint32_t round = 0;
+    uint64_t scalars = 0;
     uint32_t micro_step = 0;
-    uint32_t index = 0;  // in the micro-step and round
-    std::vector<Gradient> gradients;  // per place
+    uint32_t index = 0;  // in all that, of this part
+    std::vector<Gradient> gradients;  // per fragment
   };
 
   Process(World* world, Rank rank, uint64_t incarnation);
@@ -100,9 +103,16 @@ class Process : public std::enable_shared_from_this<Process> {
   void Held(UnitIndex u);
   void Unhold(UnitIndex u);
   void Land(const Op& op);
-  void Scatter(UnitIndex u, bool last);
-  bool PostScatter(UnitIndex u, bool last);
+  void Scatter(const Op& op);
   void EndMicroStep();
+  void ScatterRest();
+  void WithRoom(std::function<bool()> post, std::function<void()> then);
+  bool HandOver(UnitIndex u, bool last, bool mark);
+  void PostFile(UnitIndex u);
+  bool PostOpen(UnitIndex u, bool last, bool mark);
+  bool PostWholeParts(UnitIndex u);
+  bool PostPart(UnitIndex u, uint32_t part, bool last);
+  std::vector<uint32_t> OpenParts(UnitIndex u, bool whole_parts) const;
   void SendStep();
   void EndStep();
   void OnAnswer(const Request& request, const core::Complete& complete);
@@ -114,6 +124,7 @@ class Process : public std::enable_shared_from_this<Process> {
   void Put(UnitIndex u, core::StateKind state);
   void Read(const Op& op);
   void Restore(bool other);
+  void PassOn();
   void CheckRead(const Request& request) const;
   void CheckProgress(const core::OptimizerProgress& progress) const;
   // Pushes a request into the ring; it reaches the job later, in order.
@@ -150,10 +161,13 @@ class Process : public std::enable_shared_from_this<Process> {
   std::vector<Step> hold_words_;
   std::vector<UnitIndex> trace_;
   std::vector<UnitGradients> gradients_;
-  std::vector<std::vector<std::vector<Gradient>>> landings_;  // per unit, since the last scatter
+  // Per unit, in order, per fragment; node_sum: what was not handed over yet.
+  std::vector<std::vector<std::vector<Gradient>>> landings_;
   std::vector<Handed> handed_;
   std::vector<uint32_t> rounds_;   // per unit, marked in this step
-  std::vector<uint32_t> indices_;  // per unit, of scatters in this micro-step and round
+  // Per unit and part of it, of scatters in this round since the last scalar or micro-step.
+  std::vector<std::vector<uint32_t>> indices_;
+  uint64_t scalars_ = 0;           // posted
   uint32_t micro_steps_ = 0;       // ended in this step
   std::map<uint64_t, std::vector<Gradient>> staging_;
   uint64_t next_offset_ = 0;

@@ -5,11 +5,14 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "proto/shm/format.h"
 
 namespace zerod::sim {
 namespace {
 
-enum Purpose : uint64_t { kShape = 1, kScript, kScriptOfRank, kPuts, kDisagree, kRestores };
+enum Purpose : uint64_t {
+  kShape = 1, kScript, kScriptOfRank, kPuts, kDisagree, kRestores, kGradients
+};
 
 std::shared_ptr<const core::Layout> RandomLayout(Random* random) {
   core::ModelDescription model;
@@ -66,6 +69,41 @@ core::WindowSpec RandomWindow(const core::JobSpec& spec, Random* random) {
   return window;
 }
 
+std::vector<Cell> CellsOf(const core::JobSpec& spec, UnitIndex u) {
+  std::vector<Cell> cells;
+  const core::Partition partition(*spec.layout, spec.members);
+  const core::Unit& unit = spec.layout->units()[u];
+  for (uint32_t place = 0; place < unit.parameters.size(); ++place) {
+    const core::Parameter& p = spec.layout->parameters()[unit.parameters[place]];
+    for (MemberIndex m = 0; m < spec.members; ++m) {
+      core::Range r = core::Intersect({p.offset, p.offset + p.elements}, partition.Shard(u, m));
+      if (!r.empty()) cells.push_back({unit.parameters[place], place, m, r, p.trainable});
+    }
+  }
+  return cells;
+}
+
+std::vector<Fragment> FragmentsOf(const core::JobSpec& spec, UnitIndex u) {
+  std::vector<Fragment> fragments;
+  const core::Unit& unit = spec.layout->units()[u];
+  const uint32_t parts = core::StagedParts(unit, spec.staged_part_elements);
+  for (uint32_t place = 0; place < unit.parameters.size(); ++place) {
+    const core::Parameter& p = spec.layout->parameters()[unit.parameters[place]];
+    if (!p.trainable) {
+      fragments.push_back({place, 0, p.elements});
+      continue;
+    }
+    for (uint32_t part = 0; part < parts; ++part) {
+      const core::Range range = core::StagedPart(unit, spec.staged_part_elements, part);
+      const core::Range r = core::Intersect({p.offset, p.offset + p.elements}, range);
+      if (r.empty()) continue;
+      const bool whole = r.size() == range.size() && r.size() < p.elements;
+      fragments.push_back({place, part, r.size(), whole});
+    }
+  }
+  return fragments;
+}
+
 void RandomFaults(Scenario* s, Random* random) {
   const uint64_t kind = random->Below(100);
   if (kind < 40) return;
@@ -113,19 +151,7 @@ Scenario Scenario::FromSeed(uint64_t seed) {
   spec.in_flight_elements = random.Between(1, 2 * spec.layout->elements());
   spec.window = RandomWindow(spec, &random);
   s.steps = random.Between(1, 3);
-  const core::Partition partition(*spec.layout, spec.members);
-  for (UnitIndex u = 0; u < spec.layout->units().size(); ++u) {
-    std::vector<Cell>& cells = s.cells.emplace_back();
-    const core::Unit& unit = spec.layout->units()[u];
-    for (uint32_t place = 0; place < unit.parameters.size(); ++place) {
-      const core::Parameter& p = spec.layout->parameters()[unit.parameters[place]];
-      for (MemberIndex m = 0; m < spec.members; ++m) {
-        core::Range r =
-            core::Intersect({p.offset, p.offset + p.elements}, partition.Shard(u, m));
-        if (!r.empty()) cells.push_back({unit.parameters[place], place, m, r, p.trainable});
-      }
-    }
-  }
+  for (UnitIndex u = 0; u < spec.layout->units().size(); ++u) s.cells.push_back(CellsOf(spec, u));
   RandomDelays(&s, &random);
   s.divergent = random.Percent(40);
   s.unequal = random.Percent(25);
@@ -148,7 +174,7 @@ Scenario Scenario::FromSeed(uint64_t seed) {
     s.staging_slots = random.Between(1, 2);
     s.aside_refused_percent = random.Percent(30) ? 100 : random.Percent(30) ? 30 : 0;
     if (s.aside_refused_percent != 0 || spec.local_world > 2) {
-      s.collectives = s.barriers = s.pieces = false;
+      s.collectives = s.pieces = false;
     }
   }
   RandomFaults(&s, &random);
@@ -162,6 +188,13 @@ Scenario Scenario::FromSeed(uint64_t seed) {
   spec.refuse_untouched = random.Percent(10);
   s.restores = random.Percent(35);
   s.hesitates = random.Percent(15);
+  if (spec.node_sum && random.Percent(60)) {
+    spec.staged_part_elements = shm::kParamAlignElements * random.Between(100, 800);
+  }
+  s.grads = random.Percent(30) && !s.late;
+  for (UnitIndex u = 0; u < spec.layout->units().size(); ++u) {
+    s.fragments.push_back(FragmentsOf(spec, u));
+  }
   return s;
 }
 
@@ -171,19 +204,33 @@ core::JobSpec Scenario::Spec(MemberIndex m) const {
   return other;
 }
 
+std::vector<Gradient> Scenario::JoinFragments(UnitIndex u,
+                                              const std::vector<Gradient>& gradients) const {
+  std::vector<Gradient> joined(layout().units()[u].parameters.size());
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    const Fragment& f = fragments[u][i];
+    const bool first = i == 0 || fragments[u][i - 1].place != f.place;
+    joined[f.place] = first ? gradients[i] : Join(joined[f.place], gradients[i]);
+  }
+  return joined;
+}
+
 std::string Scenario::Text() const {
   std::string text = absl::StrCat(
       spec.members, " members x ", spec.local_world, " clients, stage ", spec.stage,
       spec.node_sum ? ", node_sum" : ", per_rank", ", ", layout().units().size(), " units, window ",
       spec.window.base_chunks, "..", spec.window.max_chunks, " of ", layout().chunks(),
       " chunks, prefetch ", spec.prefetch_elements, ", ", steps, " steps");
+  bool parts = false;
+  for (UnitIndex u = 0; u < cells.size(); ++u) parts |= Parts(u) > 1;
   const std::pair<bool, const char*> flags[] = {
+      {parts, "parts"},
       {spec.skip_nonfinite, "skip_nonfinite"},
       {spec.loss_scale.has_value(), "loss scale"}, {spec.untouched_as_zero, "untouched_as_zero"},
       {spec.refuse_untouched, "refuse_untouched"},
       {divergent, "divergent"}, {unequal, "unequal"}, {late, "late"}, {pieces, "pieces"},
       {collectives, "collectives"}, {barriers, "barriers"}, {evaluation, "evaluation"},
-      {puts, "puts"}, {restores, "restores"},
+      {puts, "puts"}, {grads, "gradients"}, {restores, "restores"},
       {nonfinite, "nonfinite"}, {refuse, "refuse"}, {stall, "stall"},
       {overrun, "overrun"}, {hesitates, "hesitates"}, {restart_together, "restart_together"},
       {staging_slots < 1000, "bounded staging"}, {aside_refused_percent == 100, "none aside"}};
@@ -220,6 +267,7 @@ class Script {
   void Evaluate();
   void MicroStep(uint32_t micro_step, bool last, bool common);
   void Late(uint32_t micro_step);
+  void Gradients();
   bool Uses(UnitIndex u) const { return (used_ >> u) & 1; }
   // A step that was refused for want of a gradient is done again with all of them.
   bool Complete() const { return s_.spec.refuse_untouched && attempt_ > 0; }
@@ -347,6 +395,21 @@ void Script::Late(uint32_t micro_step) {
   }
 }
 
+// Collective, once all is handed over.
+void Script::Gradients() {
+  const std::optional<GradientOfStep> gradient = GradientOf(s_, step_);
+  if (!gradient.has_value()) return;
+  const UnitIndex u = gradient->unit;
+  Push({OpKind::kScatter, u, 0, 0, /*last=*/true, core::StateKind::kMaster, /*mark=*/true});
+  Push({OpKind::kScalar});
+  if (own_.Percent(60)) Push({OpKind::kRead, u, 0, 0, false, core::StateKind::kGradient});
+  Push({OpKind::kScalar});
+  if (gradient->set && gradient->rank == rank_) {
+    Push({OpKind::kPut, u, 0, 0, false, core::StateKind::kGradient});
+  }
+  Push({OpKind::kScalar});
+}
+
 std::vector<Op> Script::Build() {
   Puts();
   Restore();
@@ -360,6 +423,7 @@ std::vector<Op> Script::Build() {
     if (i == 0 && s_.stall && stalled == rank_) Push({OpKind::kStall});
   }
   if (s_.late) Late(micro_steps);
+  Gradients();
   Push({OpKind::kStep});
   return std::move(ops_);
 }
@@ -451,6 +515,20 @@ std::optional<core::OptimizerProgress> RestoreOf(const Scenario& s, Step step) {
     scaler.hysteresis = random.Between(1, 2);
   }
   return progress;
+}
+
+std::optional<GradientOfStep> GradientOf(const Scenario& s, Step step) {
+  Random random(Hash(s.seed, kGradients, step));
+  if (!s.grads || step > s.steps || !random.Percent(60)) return std::nullopt;
+  GradientOfStep gradient;
+  gradient.unit = static_cast<UnitIndex>(random.Below(s.cells.size()));
+  gradient.set = random.Percent(70);
+  gradient.rank = static_cast<Rank>(random.Below(s.world()));
+  return gradient;
+}
+
+Gradient SetGradient(uint64_t value, size_t fragment) {
+  return {true, false, Hash(value, fragment), Hash(value, fragment, 1)};
 }
 
 uint64_t PutValue(const Scenario& s, Step step, UnitIndex unit, size_t cell) {

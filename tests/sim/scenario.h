@@ -31,6 +31,15 @@ struct Cell {
   bool trainable = true;
 };
 
+// The elements of a parameter that lie in one part of its unit (StagedPart): the unit of what is
+// handed over. Under per_rank, and of a frozen parameter, all of them.
+struct Fragment {
+  uint32_t place = 0;  // in Unit::parameters
+  uint32_t part = 0;
+  uint64_t elements = 0;
+  bool whole_part = false;  // of several: nothing else lies in this part
+};
+
 // Where in the life of a job a fault strikes.
 enum class Moment : uint8_t {
   kEvent,      // any event of the simulation
@@ -61,6 +70,7 @@ struct Scenario {
   uint64_t seed = 0;
   core::JobSpec spec;  // of member 0; Spec() is any member's
   std::vector<std::vector<Cell>> cells;  // per unit
+  std::vector<std::vector<Fragment>> fragments;  // per unit, by place and part
   Step steps = 2;
 
   uint64_t ring_delay_max = 1;
@@ -83,6 +93,7 @@ struct Scenario {
   bool barriers = false;      // SCALAR in the midst of a step
   bool evaluation = false;    // one rank gathers what the others do not
   bool puts = false;          // GatheredParameters between steps
+  bool grads = false;         // a unit's gradient is read, and set, before STEP
   bool restores = false;      // a checkpoint's progress is restored between steps
   bool nonfinite = false;     // some gradients are
   bool refuse = false;        // ranks disagree about a step's hyper-parameters
@@ -99,9 +110,14 @@ struct Scenario {
     return cell.trainable && core::ByTensor(layout().optimizer(p.group));
   }
   uint32_t world() const { return spec.world; }
+  uint32_t Parts(UnitIndex u) const {
+    return core::StagedParts(layout().units()[u], spec.staged_part_elements);
+  }
   bool Keeps(MemberIndex m, const Cell& cell) const {
     return spec.stage == 0 || cell.owner == m;
   }
+  // Per place of the unit, of what is there per fragment.
+  std::vector<Gradient> JoinFragments(UnitIndex u, const std::vector<Gradient>& gradients) const;
   std::string Text() const;
 };
 
@@ -125,6 +141,7 @@ struct Op {
   uint64_t places = 0;      // kLand: bit i = the unit's i-th parameter
   bool last = false;        // kScatter
   core::StateKind state = core::StateKind::kMaster;  // kPut, kRead
+  bool mark = false;        // kScatter: the last even where there is nothing to hand over
 };
 
 // What `rank` does in `step`; `attempt` counts the step's refusals.
@@ -145,6 +162,16 @@ struct PutOfStep {
   core::StateKind state = core::StateKind::kMaster;
 };
 std::optional<PutOfStep> PutsOf(const Scenario& s, Step step);
+// Between the last micro-step and STEP: all ranks hand `unit` over for good and may read its
+// gradient, and where `set` says so `rank` sets it.
+struct GradientOfStep {
+  UnitIndex unit = 0;
+  bool set = false;
+  Rank rank = 0;
+};
+std::optional<GradientOfStep> GradientOf(const Scenario& s, Step step);
+// What becomes of a fragment that some rank had a gradient for.
+Gradient SetGradient(uint64_t value, size_t fragment);
 uint64_t PutValue(const Scenario& s, Step step, UnitIndex unit, size_t cell);
 // What all ranks restore before `step`.
 std::optional<core::OptimizerProgress> RestoreOf(const Scenario& s, Step step);

@@ -44,13 +44,16 @@ void Truth::PrepareBefore(Step step) {
   progress_before_[step] = std::move(progress);
 }
 
-// The gradient of one parameter in the order of sums that DESIGN promises: per_rank adds
-// micro-steps within a client, then ranks; node_sum adds ranks within each place of a micro-step;
+// The gradient of one fragment in the order of sums that DESIGN promises: per_rank adds
+// micro-steps within a client, then ranks; node_sum adds ranks within each place of a micro-step, or
+// of what lies between two barriers within one;
 // then nodes; rounds one after the other.
 Gradient Truth::Sum(const std::vector<std::shared_ptr<Process>>& processes, UnitIndex unit,
-                    uint32_t place) const {
+                    size_t fragment) const {
   struct Part {
-    uint32_t round, node, micro_step, index, slot;
+    uint32_t round, node;
+    uint64_t scalars;
+    uint32_t micro_step, index, slot;
     Gradient gradient;
   };
   std::vector<Part> parts;
@@ -59,20 +62,22 @@ Gradient Truth::Sum(const std::vector<std::shared_ptr<Process>>& processes, Unit
   for (const auto& p : processes) {
     uint32_t index = 0;
     for (const Process::Handed& h : p->handed()) {
-      if (h.unit != unit) continue;
+      if (h.unit != unit || h.part != s_.fragments[unit][fragment].part) continue;
       rounds = std::max(rounds, h.round);
       // With one member nothing is consumed between rounds under per_rank: all of a client's come
       // before the next client's.
       const uint32_t round = one_member && !s_.spec.node_sum ? 1 : h.round;
       const bool in_order = one_member && !s_.spec.node_sum;
-      parts.push_back({round, p->member(), in_order ? 0 : h.micro_step,
-                       in_order ? index++ : h.index, p->slot(), h.gradients[place]});
+      parts.push_back({round, p->member(), h.scalars, in_order ? 0 : h.micro_step,
+                       in_order ? index++ : h.index, p->slot(), h.gradients[fragment]});
     }
   }
   std::stable_sort(parts.begin(), parts.end(), [&](const Part& a, const Part& b) {
     auto key = [&](const Part& x) {
-      return s_.spec.node_sum ? std::tuple(x.round, x.node, x.micro_step, x.index, x.slot)
-                              : std::tuple(x.round, x.node, x.slot, x.micro_step, x.index);
+      using Key = std::tuple<uint32_t, uint32_t, uint64_t, uint32_t, uint32_t, uint32_t>;
+      return s_.spec.node_sum
+                 ? Key(x.round, x.node, x.scalars, x.micro_step, x.index, x.slot)
+                 : Key(x.round, x.node, 0, x.slot, x.micro_step, x.index);
     };
     return key(a) < key(b);
   });
@@ -105,6 +110,18 @@ Gradient Truth::Sum(const std::vector<std::shared_ptr<Process>>& processes, Unit
     total = Add(total, of_round);
   }
   return total;
+}
+
+std::vector<Gradient> Truth::Gradients(const std::vector<std::shared_ptr<Process>>& processes,
+                                       UnitIndex unit, std::optional<Step> set) const {
+  std::vector<Gradient> fragments;
+  for (size_t f = 0; f < s_.fragments[unit].size(); ++f) {
+    fragments.push_back(Sum(processes, unit, f));
+    if (set.has_value() && fragments[f].any) {
+      fragments[f] = SetGradient(PutValue(s_, *set, unit, 0), f);
+    }
+  }
+  return s_.JoinFragments(unit, fragments);
 }
 
 // An optimizer by tensor has its state of this step before its weights.
@@ -174,13 +191,19 @@ void Truth::Commit(Step step, const std::vector<std::shared_ptr<Process>>& proce
   outcome.touched.assign(parameters.size(), false);
   std::vector<Gradient> gradients(parameters.size());
   bool nonfinite = false;
+  std::vector<std::vector<Gradient>> sums;  // per unit and place
+  const std::optional<GradientOfStep> given = GradientOf(s_, step);
+  for (UnitIndex u = 0; u < s_.fragments.size(); ++u) {
+    const bool set = given.has_value() && given->set && given->unit == u;
+    sums.push_back(Gradients(processes, u, set ? std::optional(step) : std::nullopt));
+  }
   for (uint32_t p = 0; p < parameters.size(); ++p) {
     if (!parameters[p].trainable) continue;
     const UnitIndex u = parameters[p].unit;
     const auto& list = s_.layout().units()[u].parameters;
     const auto place =
         static_cast<uint32_t>(std::find(list.begin(), list.end(), p) - list.begin());
-    gradients[p] = Sum(processes, u, place);
+    gradients[p] = sums[u][place];
     outcome.touched[p] = gradients[p].any || s_.spec.untouched_as_zero;
     nonfinite |= gradients[p].nonfinite;
   }

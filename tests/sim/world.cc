@@ -218,6 +218,23 @@ void World::KillMember(MemberIndex m) {
   });
 }
 
+std::vector<std::shared_ptr<Process>> World::Attached() {
+  std::vector<std::shared_ptr<Process>> processes;
+  for (const auto& m : members_) {
+    for (const auto& p : m->slots()) processes.push_back(p);
+  }
+  return processes;
+}
+
+void World::CheckGradient(UnitIndex unit, const std::vector<uint64_t>& values) {
+  const std::vector<Gradient> expected = truth_.Gradients(Attached(), unit, std::nullopt);
+  for (size_t c = 0; c < values.size(); ++c) {
+    const Cell& cell = s_.cells[unit][c];
+    if (values[c] == Read(expected[cell.place])) continue;
+    Violate(absl::StrCat("another gradient of unit ", unit, " is read than was handed over"));
+  }
+}
+
 void World::Arrive(uint64_t generation, uint64_t ordinal,
                    const std::shared_ptr<Process>& process) {
   if (broken_.count(generation)) {

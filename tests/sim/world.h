@@ -55,10 +55,14 @@ class Truth {
   const Outcome& outcome(Step step) const { return outcomes_.at(step); }
   // Some member has the COMMIT of `step`; `processes` (by rank) are those that took it.
   void Commit(Step step, const std::vector<std::shared_ptr<Process>>& processes);
+  // Per place of the unit, of all that was handed over in the step under way; after it was `set` in
+  // that step.
+  std::vector<Gradient> Gradients(const std::vector<std::shared_ptr<Process>>& processes,
+                                  UnitIndex unit, std::optional<Step> set) const;
 
  private:
   Gradient Sum(const std::vector<std::shared_ptr<Process>>& processes, UnitIndex unit,
-               uint32_t place) const;
+               size_t fragment) const;
   void PrepareBefore(Step step);
   void CheckCommit(Step step, const std::vector<std::shared_ptr<Process>>& processes) const;
   void ApplyStep(const Outcome& outcome, const std::vector<Gradient>& gradients, Step step,
@@ -117,6 +121,10 @@ class World {
   void OnExit(Process* process, bool ok);
   void KillMember(MemberIndex m);
   bool job_lost() const { return lost_; }
+  // By rank; null where none is.
+  std::vector<std::shared_ptr<Process>> Attached();
+  // What a process reads as the gradient of the step under way, per cell.
+  void CheckGradient(UnitIndex unit, const std::vector<uint64_t>& values);
   void Arrive(uint64_t generation, uint64_t ordinal, const std::shared_ptr<Process>& process);
   void Stall(const std::shared_ptr<Process>& process) { stalled_.push_back(process); }
 
