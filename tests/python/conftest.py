@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,10 @@ ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE), str(ROOT / "client" / "python"), str(ROOT / "examples")]
 
 import fake_zerod  # noqa: E402
+
+# Started in the background by a shell, this process ignores SIGINT, and so would what it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before any test file is collected: one that imports the package would bring the real extension.
 fake_zerod.install()
