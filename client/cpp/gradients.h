@@ -47,6 +47,9 @@ class Gradients {
     uint32_t unit = 0;
     uint32_t part = 0;
   };
+  // Requests::Post would wait for an answer too, and not ask for one as AwaitAnswer does. The other
+  // half is for all else.
+  static constexpr size_t kScattersInFlightMax = kPendingMax / 2;
   struct Slot {
     bool open = false;
     uint64_t offset = 0;

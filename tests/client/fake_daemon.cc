@@ -256,4 +256,9 @@ uint32_t* FakeDaemon::chunk_table() const {
   return reinterpret_cast<uint32_t*>(files_[4].data + at);
 }
 
+absl::Status Land(Client& client, uint32_t parameter, float value) {
+  const std::vector<float> gradient(client.parameters()[parameter].elements, value);
+  return client.Land(parameter, gradient.data(), DType::kFloat32);
+}
+
 }  // namespace zerod::client

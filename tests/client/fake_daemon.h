@@ -20,6 +20,9 @@
 
 namespace zerod::client {
 
+// The units of FakeDaemon::MakePlan().
+enum : uint32_t { kRoot, kA, kB, kFrozen };
+
 class FakeDaemon {
  public:
   struct Reply {
@@ -102,5 +105,8 @@ class FakeDaemon {
   std::vector<uint32_t> next_chunk_;
   std::thread thread_;
 };
+
+// A gradient of equal elements.
+absl::Status Land(Client& client, uint32_t parameter, float value);
 
 }  // namespace zerod::client

@@ -22,8 +22,6 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 
-enum : uint32_t { kRoot, kA, kB, kFrozen };
-
 const float* Data(const Client& client, uint32_t parameter) {
   return static_cast<const float*>(client.parameters()[parameter].data);
 }

@@ -15,8 +15,6 @@ namespace {
 
 using ::testing::ElementsAre;
 
-enum : uint32_t { kRoot, kA, kB, kFrozen };
-
 TEST(Values, PutAndReadGoInPieces) {
   FakeDaemon daemon;
   auto client = daemon.Attach();
