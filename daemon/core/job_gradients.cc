@@ -8,8 +8,9 @@
 // wait for another rank: until that one has handed over what comes before, or cannot any more. It
 // cannot once its micro-step is over, so ranks that take different paths wait for each other's
 // micro-step at most; nor once it has posted a scalar that this rank has not, so that it is not
-// waited for by those that it waits for. And where a client has no room left, what waits is set aside, so that it goes on: a rank
-// that others wait for (in a collective of the script's own) is not kept waiting itself.
+// waited for by those that it waits for. And where a client has no room left, what waits is set
+// aside, so that it goes on: a rank that others wait for (in a collective of the script's own) is
+// not kept waiting itself.
 #include <algorithm>
 #include <tuple>
 #include <utility>
