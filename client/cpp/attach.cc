@@ -215,6 +215,8 @@ absl::StatusOr<Attachment> AttachOnce(const Target& target) {
   attachment.address = options.address;
   attachment.socket = std::move(session.socket);
   attachment.interrupt = options.interrupt;
+  attachment.on_wait = options.on_wait;
+  attachment.wait_notice = absl::Seconds(options.wait_notice_seconds);
   return attachment;
 }
 

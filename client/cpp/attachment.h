@@ -66,6 +66,8 @@ struct Attachment {
   shm::UniqueFd socket;              // the fd socket: hangs up when the daemon is gone
   std::vector<shm::UniqueFd> files;  // kClientFiles files, then the doorbell
   std::function<bool()> interrupt;   // may be empty
+  std::function<void(const std::string&)> on_wait;  // likewise
+  absl::Duration wait_notice = absl::InfiniteDuration();
 };
 
 // Maps the files. INTERNAL where they do not match the plan.

@@ -66,7 +66,8 @@ absl::Status ClientImpl::Start() {
       At<const std::atomic<uint64_t>>(units_file_, units_at.word), units);
   requests_ = std::make_unique<Requests>(
       submit(), complete(), attachment_.files[shm::kDoorbellIndex].get(),
-      attachment_.socket.get(), attachment_.address, attachment_.interrupt);
+      attachment_.socket.get(), attachment_.address,
+      Watchers{attachment_.interrupt, attachment_.on_wait, attachment_.wait_notice});
   gradients_ = std::make_unique<Gradients>(&plan(), gradient_file_.data(),
                                            At<uint8_t>(submit_file_, submit_at.touched),
                                            requests_.get());

@@ -12,12 +12,12 @@
 namespace zerod::client {
 
 Requests::Requests(shm::SubmitPage* submit, const shm::CompletePage* complete, int doorbell_fd,
-                   int socket_fd, std::string peer, std::function<bool()> interrupt)
+                   int socket_fd, std::string peer, Watchers watchers)
     : submit_(submit),
       complete_(complete),
       socket_fd_(socket_fd),
       peer_(std::move(peer)),
-      interrupt_(std::move(interrupt)),
+      watchers_(std::move(watchers)),
       ring_(submit, complete, doorbell_fd) {}
 
 void Requests::Drain() {
@@ -47,7 +47,7 @@ bool Requests::DaemonGone() const {
 }
 
 absl::Status Requests::Slice(std::unique_lock<std::mutex>* lock, News news, absl::Duration slice,
-                             absl::string_view what, absl::Time* looked) {
+                             absl::string_view what, WaitState* wait) {
   bool woken = false;
   // Only one thread sleeps on the ring; it wakes the others for what they may have waited for.
   if (polling_ || news == News::kThread) {
@@ -64,8 +64,8 @@ absl::Status Requests::Slice(std::unique_lock<std::mutex>* lock, News news, absl
   }
   // An answer that came before the failure still counts, so the caller looks before it gives up.
   const absl::Time now = MonotonicNow();
-  if (woken && now - *looked < kWaitSlice) return absl::OkStatus();
-  *looked = now;
+  if (woken && now - wait->looked < kWaitSlice) return absl::OkStatus();
+  wait->looked = now;
   if (DaemonGone()) {
     if (!polling_) Drain();
     RETURN_IF_ERROR(ring_.Failure());
@@ -74,9 +74,10 @@ absl::Status Requests::Slice(std::unique_lock<std::mutex>* lock, News news, absl
                      "process waited for ", what, "; the job's state in its memory is lost, its "
                      "log says why it ended"));
   }
-  if (interrupt_) {
+  Tell(lock, what, now, wait);
+  if (watchers_.interrupt) {
     lock->unlock();
-    const bool interrupted = interrupt_();
+    const bool interrupted = watchers_.interrupt();
     lock->lock();
     if (interrupted) {
       return absl::CancelledError(absl::StrCat("interrupted while waiting for ", what));
@@ -85,25 +86,44 @@ absl::Status Requests::Slice(std::unique_lock<std::mutex>* lock, News news, absl
   return absl::OkStatus();
 }
 
+Requests::WaitState Requests::BeginWait() const {
+  const absl::Time now = MonotonicNow();
+  return {now, now, watchers_.notice};
+}
+
+// That it takes long, and again each time that as long as until then has passed.
+void Requests::Tell(std::unique_lock<std::mutex>* lock, absl::string_view what, absl::Time now,
+                    WaitState* wait) const {
+  const absl::Duration waited = now - wait->start;
+  if (!watchers_.on_wait || waited < wait->notice) return;
+  wait->notice = 2 * waited;
+  lock->unlock();
+  watchers_.on_wait(absl::StrCat("still waiting for ", what, " after ",
+                                 absl::FormatDuration(absl::Trunc(waited, absl::Seconds(1))),
+                                 ": 'zerodctl --address ", peer_,
+                                 " jobs' says which ranks the job waits for"));
+  lock->lock();
+}
+
 absl::Status Requests::PushLocked(std::unique_lock<std::mutex>* lock,
                                   const shm::SubmitEntry& entry) {
-  absl::Time looked = MonotonicNow();
+  WaitState wait = BeginWait();
   for (;;) {
     absl::Status pushed = ring_.Push(entry);
     if (!absl::IsResourceExhausted(pushed) || ring_.Failure() == pushed) return pushed;
     // Room is made without a completion, so look again soon.
     RETURN_IF_ERROR(Slice(lock, News::kRing, absl::Milliseconds(1), "room in the submission ring",
-                          &looked));
+                          &wait));
   }
 }
 
 absl::StatusOr<uint64_t> Requests::Post(shm::SubmitEntry entry) {
   std::unique_lock<std::mutex> lock(mu_);
   if (!polling_) Drain();
-  absl::Time looked = MonotonicNow();
+  WaitState wait = BeginWait();
   while (pending_.size() >= kPendingMax) {
     RETURN_IF_ERROR(ring_.Failure());
-    RETURN_IF_ERROR(Slice(&lock, News::kRing, kWaitSlice, "earlier requests", &looked));
+    RETURN_IF_ERROR(Slice(&lock, News::kRing, kWaitSlice, "earlier requests", &wait));
   }
   entry.cookie = next_cookie_++;
   pending_[entry.cookie];
@@ -129,7 +149,7 @@ absl::StatusOr<size_t> Requests::WaitAny(absl::Span<const uint64_t> cookies,
                                          absl::string_view what) {
   std::unique_lock<std::mutex> lock(mu_);
   if (!polling_) Drain();
-  absl::Time looked = MonotonicNow();
+  WaitState wait = BeginWait();
   for (;;) {
     for (size_t i = 0; i < cookies.size(); ++i) {
       auto found = pending_.find(cookies[i]);
@@ -139,7 +159,7 @@ absl::StatusOr<size_t> Requests::WaitAny(absl::Span<const uint64_t> cookies,
       if (found->second.done) return i;
     }
     RETURN_IF_ERROR(ring_.Failure());
-    RETURN_IF_ERROR(Slice(&lock, News::kRing, kWaitSlice, what, &looked));
+    RETURN_IF_ERROR(Slice(&lock, News::kRing, kWaitSlice, what, &wait));
   }
 }
 
@@ -180,10 +200,10 @@ void Requests::Abandon(uint64_t cookie) {
 absl::Status Requests::Acquire(Turn turn, absl::string_view what) {
   std::unique_lock<std::mutex> lock(mu_);
   bool& busy = busy_[static_cast<size_t>(turn)];
-  absl::Time looked = MonotonicNow();
+  WaitState wait = BeginWait();
   while (busy) {
     RETURN_IF_ERROR(ring_.Failure());
-    RETURN_IF_ERROR(Slice(&lock, News::kThread, kWaitSlice, what, &looked));
+    RETURN_IF_ERROR(Slice(&lock, News::kThread, kWaitSlice, what, &wait));
   }
   busy = true;
   return absl::OkStatus();

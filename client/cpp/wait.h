@@ -28,7 +28,15 @@ inline constexpr absl::Duration kWaitSlice = absl::Milliseconds(100);
 // overflow whatever the daemon does.
 inline constexpr size_t kPendingMax = shm::kRingEntries - 16;
 
-// Thread-safe. `interrupt` is called without any lock of this class.
+// Whom waits ask and tell, in the waiting thread and without any lock of Requests. Each may be
+// empty.
+struct Watchers {
+  std::function<bool()> interrupt;                  // true ends the wait
+  std::function<void(const std::string&)> on_wait;  // see AttachOptions
+  absl::Duration notice = absl::InfiniteDuration();
+};
+
+// Thread-safe.
 class Requests {
  public:
   struct Answer {
@@ -41,7 +49,7 @@ class Requests {
 
   // `socket_fd` and the pages outlive this; nothing is owned. `peer` names the daemon in messages.
   Requests(shm::SubmitPage* submit, const shm::CompletePage* complete, int doorbell_fd,
-           int socket_fd, std::string peer, std::function<bool()> interrupt);
+           int socket_fd, std::string peer, Watchers watchers);
 
   // Sends a request that is answered; returns its cookie. Waits where too many are on their way.
   absl::StatusOr<uint64_t> Post(shm::SubmitEntry entry);
@@ -79,11 +87,18 @@ class Requests {
 
   void Drain();  // mu_ held, and nobody polls
   enum class News { kRing, kThread };
+  struct WaitState {
+    absl::Time start;
+    absl::Time looked;      // for a death and an interrupt
+    absl::Duration notice;  // from the start
+  };
+  WaitState BeginWait() const;
   // Waits for news, at most `slice`; `lock` is released meanwhile. kRing: from the daemon; kThread:
   // from another thread of this process. An error ends the wait: failure, death or interrupt.
-  // `looked`: when this wait last looked for the two latter, its start at first.
   absl::Status Slice(std::unique_lock<std::mutex>* lock, News news, absl::Duration slice,
-                     absl::string_view what, absl::Time* looked);
+                     absl::string_view what, WaitState* wait);
+  void Tell(std::unique_lock<std::mutex>* lock, absl::string_view what, absl::Time now,
+            WaitState* wait) const;
   bool DaemonGone() const;
   absl::Status PushLocked(std::unique_lock<std::mutex>* lock, const shm::SubmitEntry& entry);
 
@@ -91,7 +106,7 @@ class Requests {
   const shm::CompletePage* const complete_;
   const int socket_fd_;
   const std::string peer_;
-  const std::function<bool()> interrupt_;
+  const Watchers watchers_;
 
   std::mutex mu_;
   std::condition_variable changed_;  // an answer was delivered, a turn ended, the poller left

@@ -113,27 +113,6 @@ void Job::ForgetScalars(SlotIndex slot) {
   }
 }
 
-std::string Job::WaitingFor() const {
-  if (state_ != JobState::kForming) return "";
-  std::string text;
-  if (sequencer_ != nullptr) {
-    for (MemberIndex m = 0; m < spec_.members; ++m) {
-      if (!sequencer_->joined(m)) absl::StrAppend(&text, text.empty() ? "" : ", ", "node ", m);
-    }
-    const std::vector<bool>& attached = sequencer_->attached();
-    for (Rank r = 0; r < attached.size(); ++r) {
-      if (!attached[r]) absl::StrAppend(&text, text.empty() ? "" : ", ", "rank ", r);
-    }
-    return text.empty() ? "" : absl::StrCat(text, " has not come");
-  }
-  for (SlotIndex i = 0; i < slots_.size(); ++i) {
-    if (slots_[i].state != SlotState::kAttached) {
-      absl::StrAppend(&text, text.empty() ? "" : ", ", "local rank ", i);
-    }
-  }
-  return text.empty() ? "the other nodes have not come" : absl::StrCat(text, " has not come");
-}
-
 // --- Members ---------------------------------------------------------------------------------
 
 void Job::Tell(ReportItem item) { outbox_.push_back(std::move(item)); }

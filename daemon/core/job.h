@@ -268,8 +268,11 @@ class Job {
   bool ValidAfterApply(UnitIndex u) const;
   // The round that the slot's next SCATTER of `unit` belongs to; asked before OnScatter.
   uint32_t NextRound(SlotIndex slot, UnitIndex unit) const;
-  // "rank 3 has not come", for status pages; empty while running.
+  // Who has not come, while forming; while running, which ranks wait for which others and for what.
+  // For status pages; may be empty.
   std::string WaitingFor() const;
+  // node_sum: it has asked for room in its staging since the last answer to a scatter of its own.
+  bool WantsRoom(SlotIndex slot) const { return slots_[slot].wants_room; }
 
  private:
   enum class SlotState : uint8_t { kEmpty, kAttached, kZombie, kDead, kLeft };
@@ -351,6 +354,11 @@ class Job {
   absl::Status CheckRestore(const OptimizerProgress& progress) const;
   absl::Status MissingRank() const;
   static absl::Status GradientBehindStep();
+  std::string WaitingForStart() const;
+  std::string WaitingForStep() const;
+  std::string WaitingForScalar() const;
+  std::string WaitingForRoom() const;
+  std::string MissingNodes(bool (Sequencer::*has)(MemberIndex) const) const;
   ScalarWait& PostScalar(Waiter waiter, const ScalarValues& values);
   void ForgetScalars(SlotIndex slot);
   void Answer(Waiter waiter, absl::Status status, uint64_t result = 0);

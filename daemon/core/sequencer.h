@@ -36,6 +36,9 @@ class Sequencer {
   // The failure that OnReport returned gives the job's state up on purpose.
   bool discarded() const { return discarded_; }
   bool joined(MemberIndex m) const { return members_[m].joined; }
+  // It has reported the step under way, or the scalar that is next.
+  bool has_step(MemberIndex m) const { return members_[m].step.has_value(); }
+  bool has_scalar(MemberIndex m) const { return members_[m].scalars.count(scalars_done_ + 1) != 0; }
   // Ranks that are attached, in the generation under way.
   const std::vector<bool>& attached() const { return attached_; }
 

@@ -387,9 +387,9 @@ JobSnapshot JobRunnerImpl::SnapshotOnLoop() {
   JobSnapshot snapshot;
   snapshot.state = job_->state();
   snapshot.lost = job_->lost();
-  snapshot.reason = job_->state() == core::JobState::kForming
-                        ? job_->WaitingFor()
-                        : std::string(job_->failure().message());
+  snapshot.reason = job_->state() == core::JobState::kFailed
+                        ? std::string(job_->failure().message())
+                        : job_->WaitingFor();
   snapshot.generation = job_->generation();
   snapshot.committed_step = job_->committed();
   snapshot.applied_steps = job_->applied();

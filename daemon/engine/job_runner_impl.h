@@ -62,6 +62,7 @@ class JobRunnerImpl : public JobRunner {
     absl::Status preparing_failure;      // what the attachment was failed with meanwhile
     std::optional<std::pair<core::Step, std::string>> pending_blob;
     core::Step step = 0;  // of its last request that named one
+    std::optional<absl::Time> room_since;  // that it wants some
   };
   struct Gauges {  // what was told to the metrics last
     uint32_t clients = 0;

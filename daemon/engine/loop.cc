@@ -147,6 +147,10 @@ absl::Duration JobRunnerImpl::CheckTimers() {
   // Of no use where there is no limit.
   std::optional<absl::Time> step_since =
       config.step_timeout_seconds > 0 ? OldestStep() : std::nullopt;
+  bool no_room = false;
+  for (core::SlotIndex i = 0; i < slots_.size() && config.step_timeout_seconds > 0; ++i) {
+    no_room |= expired(job_->WantsRoom(i), &slots_[i].room_since, config.step_timeout_seconds);
+  }
   const bool deserted = LivingProcesses() == 0;
   was_occupied_ |= AttachedClients() > 0;
   // The trainer that made the job is about to attach, however short a dead one is waited for.
@@ -167,7 +171,13 @@ absl::Duration JobRunnerImpl::CheckTimers() {
     job_->OnFail(absl::DeadlineExceededError(
         absl::StrCat("step ", job_->committed() + 1, " of job '", request_.id,
                      "' was not complete ", config.step_timeout_seconds,
-                     " seconds after its first STEP (zerod.step_timeout_seconds)")));
+                     " seconds after its first STEP (zerod.step_timeout_seconds): ",
+                     job_->WaitingFor())));
+  } else if (no_room) {
+    job_->OnFail(absl::DeadlineExceededError(
+        absl::StrCat("a rank of job '", request_.id, "' has waited ", config.step_timeout_seconds,
+                     " seconds to hand over a gradient (zerod.step_timeout_seconds): ",
+                     job_->WaitingFor())));
   }
   return next;
 }

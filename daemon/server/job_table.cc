@@ -203,9 +203,10 @@ absl::Status JobTable::Create(std::unique_lock<std::mutex>* lock, const AttachAr
     return absl::UnavailableError("the daemon drains and takes no new jobs");
   }
   if (jobs_.size() >= limits_.jobs_max) {
-    return absl::ResourceExhaustedError(absl::StrCat("the daemon has ", limits_.jobs_max,
-                                                     " jobs, more it does not take: see zerodctl "
-                                                     "jobs"));
+    return absl::ResourceExhaustedError(
+        absl::StrCat("the daemon has ", limits_.jobs_max,
+                     " jobs, more it does not take: see zerodctl jobs. A script that makes many "
+                     "engines gives one's place back with engine.destroy()"));
   }
   auto made = std::make_shared<Entry>();
   made->incarnation = next_incarnation_++;

@@ -97,7 +97,8 @@ FakeDaemon::~FakeDaemon() {
   for (File& file : files_) munmap(file.data, std::max<uint64_t>(file.bytes, 1));
 }
 
-std::unique_ptr<Client> FakeDaemon::Attach(std::function<bool()> interrupt) {
+std::unique_ptr<Client> FakeDaemon::Attach(std::function<bool()> interrupt,
+                                           std::function<void(const std::string&)> on_wait) {
   Attachment attachment;
   attachment.plan = plan_;
   attachment.address = "unix:/fake";
@@ -106,6 +107,8 @@ std::unique_ptr<Client> FakeDaemon::Attach(std::function<bool()> interrupt) {
   for (File& file : files_) attachment.files.emplace_back(dup(file.fd.get()));
   attachment.files.emplace_back(dup(doorbell_.get()));
   attachment.interrupt = std::move(interrupt);
+  attachment.on_wait = std::move(on_wait);
+  attachment.wait_notice = absl::Milliseconds(20);
   absl::StatusOr<std::unique_ptr<Client>> client = NewClient(std::move(attachment));
   CHECK(client.ok()) << client.status();
   return *std::move(client);

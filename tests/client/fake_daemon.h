@@ -43,7 +43,9 @@ class FakeDaemon {
   ~FakeDaemon();
 
   // The client of this daemon. Call once.
-  std::unique_ptr<Client> Attach(std::function<bool()> interrupt = nullptr);
+  // Waits are told of from 20 ms on.
+  std::unique_ptr<Client> Attach(std::function<bool()> interrupt = nullptr,
+                                 std::function<void(const std::string&)> on_wait = nullptr);
 
   // Called on the daemon's thread for each request. The default answers everything with OK, and a
   // GATHER after Publish()ing the unit at the version asked for.

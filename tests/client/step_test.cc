@@ -4,6 +4,8 @@
 #include <atomic>
 #include <cstring>
 #include <limits>
+#include <string>
+#include <thread>
 #include <vector>
 
 #include "gmock/gmock.h"
@@ -155,6 +157,33 @@ TEST(PerRank, FrozenAndUnknownParametersAreErrors) {
   const float value = 0;
   EXPECT_EQ(client->Land(77, &value, DType::kFloat32).code(),
             absl::StatusCode::kInvalidArgument);
+}
+
+// --- Waits -------------------------------------------------------------------------------------
+
+TEST(Waits, AreToldOfWhenTheyAreLong) {
+  FakeDaemon daemon;
+  std::atomic<uint64_t> barrier{0};
+  daemon.SetHandler([&](const shm::SubmitEntry& entry) {
+    FakeDaemon::Reply reply = daemon.Default(entry);
+    if (entry.op == shm::Op::kScalar) {
+      barrier = entry.cookie;
+      reply.answer = false;
+    }
+    return reply;
+  });
+  std::vector<std::string> told;
+  auto client = daemon.Attach(nullptr, [&](const std::string& text) {
+    told.push_back(text);
+    while (barrier == 0) std::this_thread::yield();
+    if (told.size() == 2) daemon.Complete(barrier);
+  });
+  EXPECT_TRUE(client->Gather(kB).ok());  // takes no time
+  EXPECT_TRUE(told.empty());
+  EXPECT_TRUE(client->Barrier().ok());
+  ASSERT_EQ(told.size(), 2u);
+  EXPECT_THAT(told[0], HasSubstr("still waiting for "));
+  EXPECT_THAT(told[0], HasSubstr("'zerodctl --address unix:/fake jobs'"));
 }
 
 // --- STEP -------------------------------------------------------------------------------------

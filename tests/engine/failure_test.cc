@@ -407,7 +407,10 @@ TEST(Limits, AStepMayBeGivenATimeLimit) {
       EXPECT_EQ(client.Step({DefaultWorkload().hyper, ""}).status().code(),
                 absl::StatusCode::kDeadlineExceeded);
     }
-    EXPECT_EQ(client.WaitForFailure().code(), absl::StatusCode::kDeadlineExceeded);
+    const absl::Status failure = client.WaitForFailure();
+    EXPECT_EQ(failure.code(), absl::StatusCode::kDeadlineExceeded);
+    EXPECT_THAT(std::string(failure.message()),
+                HasSubstr("rank 0 waits for rank 1 to call step() for step 1"));
   });
 }
 

@@ -80,10 +80,11 @@ struct AttachOptions {
   double attach_timeout_seconds = 60;  // for UNAVAILABLE and a predecessor that still ends
   double takeover_seconds = 10;        // how long a living predecessor of this rank is waited for
   std::function<bool()> interrupt;
-  // Told, by the attaching thread, why it takes so long: after notice_seconds, and again each time
-  // that as long as until then has passed.
+  // Told, by the waiting thread, why it takes so long: when attaching after notice_seconds, later
+  // after wait_notice_seconds, and again each time that as long as until then has passed.
   std::function<void(const std::string&)> on_wait;
   double notice_seconds = 5;
+  double wait_notice_seconds = 60;
 };
 
 struct UnitView {

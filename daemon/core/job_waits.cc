@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Who waits for whom, in words: for status pages and for the message of a time limit. Only what one
+// rank waits for because another has not come; what the daemons have under way is not a wait.
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "daemon/core/job.h"
+#include "daemon/core/sequencer.h"
+
+namespace zerod::core {
+namespace {
+
+constexpr size_t kNamesMax = 8;
+
+// "rank 3", "ranks 1, 2 and 5 more".
+std::string Listed(const char* kind, const std::vector<uint32_t>& numbers) {
+  const size_t shown = std::min(numbers.size(), kNamesMax);
+  std::string text = absl::StrCat(kind, numbers.size() > 1 ? "s " : " ",
+                                  absl::StrJoin(numbers.begin(), numbers.begin() + shown, ", "));
+  if (numbers.size() > shown) absl::StrAppend(&text, " and ", numbers.size() - shown, " more");
+  return text;
+}
+
+std::string Waiting(const std::vector<Rank>& who, const std::string& what) {
+  return absl::StrCat(Listed("rank", who), who.size() > 1 ? " wait " : " waits ", what);
+}
+
+}  // namespace
+
+std::string Job::WaitingFor() const {
+  if (state_ == JobState::kForming) return WaitingForStart();
+  if (state_ != JobState::kRunning) return "";
+  std::vector<std::string> waits;
+  for (const std::string& text : {WaitingForStep(), WaitingForScalar(), WaitingForRoom()}) {
+    if (!text.empty()) waits.push_back(text);
+  }
+  return absl::StrJoin(waits, "; ");
+}
+
+std::string Job::WaitingForStart() const {
+  std::vector<std::string> missing;
+  if (sequencer_ != nullptr) {
+    for (MemberIndex m = 0; m < spec_.members; ++m) {
+      if (!sequencer_->joined(m)) missing.push_back(absl::StrCat("node ", m));
+    }
+    const std::vector<bool>& attached = sequencer_->attached();
+    for (Rank r = 0; r < attached.size(); ++r) {
+      if (!attached[r]) missing.push_back(absl::StrCat("rank ", r));
+    }
+    return missing.empty() ? "" : absl::StrCat(absl::StrJoin(missing, ", "), " has not come");
+  }
+  for (SlotIndex i = 0; i < slots_.size(); ++i) {
+    if (slots_[i].state != SlotState::kAttached) {
+      missing.push_back(absl::StrCat("local rank ", i));
+    }
+  }
+  return missing.empty() ? "the other nodes have not come"
+                         : absl::StrCat(absl::StrJoin(missing, ", "), " has not come");
+}
+
+// The nodes of which member 0 does not have it, or where this is not member 0, all others.
+std::string Job::MissingNodes(bool (Sequencer::*has)(MemberIndex) const) const {
+  if (sequencer_ == nullptr) return "the other nodes";
+  std::vector<MemberIndex> missing;
+  for (MemberIndex m = 0; m < spec_.members; ++m) {
+    if (!(sequencer_.get()->*has)(m)) missing.push_back(m);
+  }
+  return missing.empty() ? "" : Listed("node", missing);
+}
+
+std::string Job::WaitingForStep() const {
+  std::vector<Rank> stepped;
+  std::vector<Rank> others;
+  for (const Slot& s : slots_) {
+    if (s.state == SlotState::kAttached) (s.stepped ? stepped : others).push_back(s.rank);
+  }
+  if (stepped.empty()) return "";
+  const std::string step = absl::StrCat(" to call step() for step ", committed_ + 1);
+  if (!others.empty()) return Waiting(stepped, absl::StrCat("for ", Listed("rank", others), step));
+  if (!step_reported_ || norm_running_ || spec_.members == 1) return "";
+  const std::string nodes = MissingNodes(&Sequencer::has_step);
+  return nodes.empty() ? "" : Waiting(stepped, absl::StrCat("for ", nodes, step));
+}
+
+std::string Job::WaitingForScalar() const {
+  for (const ScalarWait& w : scalars_) {
+    std::vector<Rank> here;
+    std::vector<Rank> others;
+    for (SlotIndex i = 0; i < slots_.size(); ++i) {
+      if (slots_[i].state != SlotState::kAttached) continue;
+      (w.values[i].has_value() ? here : others).push_back(slots_[i].rank);
+    }
+    if (here.empty()) continue;
+    const std::string come = " to come to a barrier or all_reduce of zerod";
+    if (!others.empty()) return Waiting(here, absl::StrCat("for ", Listed("rank", others), come));
+    if (!w.reported || spec_.members == 1) continue;
+    const std::string nodes = MissingNodes(&Sequencer::has_scalar);
+    if (!nodes.empty()) return Waiting(here, absl::StrCat("for ", nodes, come));
+  }
+  return "";
+}
+
+std::string Job::WaitingForRoom() const {
+  std::vector<Rank> waiting;
+  std::vector<bool> waited(slots_.size(), false);
+  for (SlotIndex i = 0; i < slots_.size(); ++i) {
+    if (!slots_[i].wants_room) continue;
+    waiting.push_back(slots_[i].rank);
+    for (UnitIndex u = 0; u < units_.size(); ++u) {
+      for (const Staged& s : units_[u].staged) {
+        for (SlotIndex j = 0; j < slots_.size() && s.slot == i && s.aside == 0; ++j) {
+          const uint32_t index = j < i ? s.index + 1 : s.index;
+          if (j != i && !Passed(slots_[j], u, s, index)) waited[j] = true;
+        }
+      }
+    }
+  }
+  std::vector<Rank> others;
+  for (SlotIndex j = 0; j < slots_.size(); ++j) {
+    if (waited[j]) others.push_back(slots_[j].rank);
+  }
+  if (others.empty()) return "";
+  return Waiting(waiting, absl::StrCat(
+      "for room in the gradient staging memory, until ", Listed("rank", others), others.size() > 1 ?
+      " are" : " is", " as far in their micro-steps (zerod.staging_bytes makes room, and the "
+      "gradient plan \"per_rank\" waits for nobody)"));
+}
+
+}  // namespace zerod::core
