@@ -20,7 +20,7 @@ Job::Job(JobSpec spec, WindowPort* window)
   CHECK(spec_.members >= 1 && spec_.members <= kMembersMax && spec_.self < spec_.members);
   slots_.resize(spec_.local_world);
   units_.resize(units);
-  if (spec_.node_sum) aside_max_ = AsideBytesMax(*spec_.layout, spec_.staged_part_elements);
+  if (spec_.node_sum) aside_of_one_ = AsideBytesMax(*spec_.layout, spec_.staged_part_elements);
   progress_.parameter_steps.resize(spec_.layout->parameters().size(), 0);
   left_.resize(spec_.world, false);
   if (spec_.loss_scale.has_value()) {

@@ -188,8 +188,8 @@ using Action =
                  StartSetAside, DropAside, ComputeNorm, CommitBlobs, StartApply, StartMeasure,
                  StartPut, StartRead, DropGradients, End>;
 
-// node_sum: how much is set aside at most, one gradient of the node with each parameter by itself,
-// in whole pages and parts.
+// node_sum: how much is set aside at most for each local rank, a gradient with each parameter by
+// itself, in whole pages and parts.
 uint64_t AsideBytesMax(const Layout& layout, uint64_t part_elements);
 
 enum class JobState : uint8_t { kForming, kRunning, kFailed, kEnded };
@@ -448,7 +448,7 @@ class Job {
   std::deque<ScalarWait> scalars_;
   uint64_t scatters_ = 0;       // node_sum: so far, for Staged::order
   uint64_t asides_ = 0;         // numbers given to what was set aside
-  uint64_t aside_max_ = 0;      // AsideBytesMax
+  uint64_t aside_of_one_ = 0;   // AsideBytesMax
   uint64_t aside_bytes_ = 0;    // set aside now, or on its way there
   uint32_t setting_aside_ = 0;  // on their way there
   bool step_reported_ = false;

@@ -217,16 +217,18 @@ Job::Staged* Job::OldestInStaging(SlotIndex slot, UnitIndex* unit) {
   return oldest;
 }
 
-// How much may be set aside for a client to get room: one gradient of the node in all. Where every
-// rank is in the same micro-step and there are two of them, that is enough for any path: of each
-// unit only one has more than the other. A rank that is ahead leaves half of it to those it waits
-// for, which may have to get on before it can.
+// How much may be set aside, in all, for a client to get room. Of ranks in the same micro-step one
+// has handed over least of a unit and the others wait for it, so a gradient for each of these is
+// enough, whatever their paths; one more is for rounds that wait for a reduction. A rank that is
+// ahead leaves what they need to those it waits for, who may have to get on before it can; they do
+// not wait for it.
 uint64_t Job::AsideMax(const Slot& slot) const {
-  const bool ahead = std::any_of(slots_.begin(), slots_.end(), [&](const Slot& other) {
+  const auto behind = std::count_if(slots_.begin(), slots_.end(), [&](const Slot& other) {
     return !other.stepped && std::tie(other.scalars, other.micro_steps) <
                                  std::tie(slot.scalars, slot.micro_steps);
   });
-  return ahead ? aside_max_ / 2 : aside_max_;
+  const uint64_t left = behind == 0 ? 0 : static_cast<uint64_t>(behind) - 1;
+  return (slots_.size() - left) * aside_of_one_;
 }
 
 // Sets aside what waits in the staging of clients that have no room left, oldest first and no more

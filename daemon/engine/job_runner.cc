@@ -119,7 +119,9 @@ absl::Status JobRunnerImpl::Reserve() {
                                          request_.local_world, &plan_, store_.get());
   side_ = std::make_unique<SideBuffer>(
       arena_, request_.id,
-      plan_.node_sum ? core::AsideBytesMax(*request_.layout, plan_.staged_part_elements) : 0);
+      plan_.node_sum ? request_.local_world * core::AsideBytesMax(*request_.layout,
+                                                                  plan_.staged_part_elements)
+                     : 0);
   return absl::OkStatus();
 }
 

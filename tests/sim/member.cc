@@ -226,7 +226,7 @@ void Member::Do(core::StartSetAside& a) {
   aside.bytes = a.bytes;
   uint64_t bytes = 0;
   for (const auto& [number, other] : aside_) bytes += other.bytes;
-  uint64_t most = 0;  // a gradient of the node, in whole pages for each fragment
+  uint64_t most = 0;  // for each rank: a gradient, in whole pages for each fragment
   for (UnitIndex u = 0; u < s_.fragments.size(); ++u) {
     for (const Fragment& f : s_.fragments[u]) {
       const uint32_t parameter = s_.layout().units()[u].parameters[f.place];
@@ -234,7 +234,7 @@ void Member::Do(core::StartSetAside& a) {
       if (s_.layout().parameters()[parameter].trainable) most += pages * 4096;
     }
   }
-  if (bytes > most) {
+  if (bytes > most * s_.spec.local_world) {
     Violate(absl::StrCat("member ", index_, " sets ", bytes, " bytes aside"));
   }
   Later([=, this] {

@@ -106,6 +106,8 @@ MUTANTS = [
      "  slots_[slot].wants_room = true;\n", "  slots_[slot].wants_room = false;\n"),
     ("set_aside_without_end", "job_gradients.cc",
      "    if (aside_bytes_ + oldest->bytes > AsideMax(slots_[i])) continue;\n", ""),
+    ("little_is_set_aside", "job_gradients.cc",
+     "(slots_.size() - left) * aside_of_one_", "(slots_.size() - left) * aside_of_one_ / 4"),
     ("add_what_is_not_aside_yet", "job_gradients.cc",
      "!s.moving && Ready(unit, s)", "Ready(unit, s)"),
     ("parts_overtake_their_own", "job_gradients.cc",

@@ -477,7 +477,7 @@ void Process::Restore(bool other) {
 
 void Process::CheckRead(const Request& request) const {
   if (request.state == core::StateKind::kGradient) {
-    world_->CheckGradient(request.unit, transfer_[request.unit]);
+    world_->CheckGradient(request.unit, generation_, transfer_[request.unit]);
     return;
   }
   const Truth& truth = world_->truth();

@@ -169,13 +169,11 @@ Scenario Scenario::FromSeed(uint64_t seed) {
   s.restart_together = random.Percent(60);
   if (spec.node_sum && random.Percent(40)) {
     // Bounded staging: a scatter may wait for another rank's micro-step, unless there is memory to
-    // set it aside: enough for two ranks on any path. Else they must not wait for each other within
-    // a micro-step in other ways.
+    // set it aside: enough for any path, of one gradient per parameter and micro-step. Else ranks
+    // must not wait for each other within a micro-step in other ways.
     s.staging_slots = random.Between(1, 2);
     s.aside_refused_percent = random.Percent(30) ? 100 : random.Percent(30) ? 30 : 0;
-    if (s.aside_refused_percent != 0 || spec.local_world > 2) {
-      s.collectives = s.pieces = false;
-    }
+    if (s.aside_refused_percent != 0) s.collectives = s.pieces = false;
   }
   RandomFaults(&s, &random);
   if (spec.skip_nonfinite && random.Percent(60)) {

@@ -226,8 +226,14 @@ std::vector<std::shared_ptr<Process>> World::Attached() {
   return processes;
 }
 
-void World::CheckGradient(UnitIndex unit, const std::vector<uint64_t>& values) {
-  const std::vector<Gradient> expected = truth_.Gradients(Attached(), unit, std::nullopt);
+void World::CheckGradient(UnitIndex unit, uint64_t generation,
+                          const std::vector<uint64_t>& values) {
+  const std::vector<std::shared_ptr<Process>> processes = Attached();
+  for (const auto& p : processes) {
+    // What the one before it handed over is not known any more.
+    if (p == nullptr || p->generation() != generation) return;
+  }
+  const std::vector<Gradient> expected = truth_.Gradients(processes, unit, std::nullopt);
   for (size_t c = 0; c < values.size(); ++c) {
     const Cell& cell = s_.cells[unit][c];
     if (values[c] == Read(expected[cell.place])) continue;

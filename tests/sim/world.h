@@ -123,8 +123,8 @@ class World {
   bool job_lost() const { return lost_; }
   // By rank; null where none is.
   std::vector<std::shared_ptr<Process>> Attached();
-  // What a process reads as the gradient of the step under way, per cell.
-  void CheckGradient(UnitIndex unit, const std::vector<uint64_t>& values);
+  // What a process of that generation reads as the gradient of the step under way, per cell.
+  void CheckGradient(UnitIndex unit, uint64_t generation, const std::vector<uint64_t>& values);
   void Arrive(uint64_t generation, uint64_t ordinal, const std::shared_ptr<Process>& process);
   void Stall(const std::shared_ptr<Process>& process) { stalled_.push_back(process); }
 
