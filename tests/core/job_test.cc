@@ -284,7 +284,8 @@ TEST_F(JobTest, SaysWhoWaitsForWhom) {
   Attach(2);
   EXPECT_EQ(job_->WaitingFor(), "");
   job_->OnScalar(0, 21, {});
-  EXPECT_EQ(job_->WaitingFor(), "rank 0 waits for rank 1 to come to a barrier or all_reduce of zerod");
+  EXPECT_EQ(job_->WaitingFor(),
+            "rank 0 waits for rank 1 to come to a barrier or all_reduce of zerod");
   job_->OnScalar(1, 22, {});
   EXPECT_EQ(job_->WaitingFor(), "");
   job_->OnScatter(1, 23, 0, 1, false, 0, {true});
