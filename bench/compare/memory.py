@@ -17,9 +17,8 @@ import harness
 from worker import memory_of
 
 
-def peak_of(run) -> tuple[int, dict, int | None]:
-    """Samples until rank 0 has ended; returns the peak sum, its parts, and the limit's number of
-    parameters."""
+def peak_of(run) -> tuple[int, dict, dict]:
+    """Samples until rank 0 has ended; returns the peak sum, its parts, and rank 0's result."""
     peak, parts = 0, {}
     stop = threading.Event()
 
@@ -50,7 +49,7 @@ def peak_of(run) -> tuple[int, dict, int | None]:
     result = run.follow(on_mark)
     stop.set()
     sampler.join()
-    return peak, parts, result.get("parameters")
+    return peak, parts, result
 
 
 def main():
@@ -72,9 +71,9 @@ def main():
         with harness.Network(1, None) as network, \
                 harness.Run(network, system, args.ranks, arguments) as run:
             run.start()
-            peak, parts, parameters = peak_of(run)
+            peak, parts, result = peak_of(run)
         if system == "limit":
-            peak += (16 - 4 * args.ranks) * parameters
+            peak += (16 - 4 * args.ranks) * result["parameters"]
         summary[entry] = peak
         print(f"{entry:18} {peak / 1e9:6.2f} GB  "
               + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in parts.items()))

@@ -39,11 +39,8 @@ def run(system: str, python: str, script: str, ranks: int, arguments: list[str])
         network, system, ranks, arguments, worker=HERE / script, python=python, extra=extra
     ) as started:
         started.start()
-        results = []
-        follow = started.follow
-        started.follow = lambda on_mark: results.append(follow(on_mark))
-        peak, parts = peak_of(started)
-    return {"system": system, "seconds": results[0]["seconds"], "peak": peak, "parts": parts}
+        peak, parts, result = peak_of(started)
+    return {"system": system, "seconds": result["seconds"], "peak": peak, "parts": parts}
 
 
 def compare(args, script: str, ranks: int, name: str, arguments: list[str]) -> None:
