@@ -215,16 +215,16 @@ TEST_F(NodeSumTest, WhatIsAddedAnywayIsNotSetAside) {
   EXPECT_TRUE(Take<StartSetAside>().empty());
 }
 
-// Of 6048 elements, padding and all, 6000 are set aside.
+// By a gradient for each of the two ranks.
 TEST_F(NodeSumTest, WhatIsSetAsideIsBounded) {
-  for (UnitIndex u : {0, 1, 2, 2}) job_->OnScatter(1, 31, u, 1, false, 0, {true});
-  for (uint64_t count : {1, 1, 1, 0}) {
+  for (UnitIndex u : {0, 1, 2, 0, 1, 2, 2}) job_->OnScatter(1, 31, u, 1, false, 0, {true});
+  for (uint64_t count : {1, 1, 1, 1, 1, 1, 0}) {
     job_->OnMakeRoom(1);
     const std::vector<StartSetAside> aside = Take<StartSetAside>();
     ASSERT_EQ(aside.size(), count);
     if (count == 1) job_->OnSetAsideDone(aside[0].unit, aside[0].aside, true);
   }
-  // What is added makes room for the fourth.
+  // What is added makes room for the seventh.
   job_->OnScatter(0, 32, 2, 1, false, 0, {true});
   std::vector<StartAccumulate> added = Take<StartAccumulate>();
   ASSERT_EQ(added.size(), 1u);
@@ -237,18 +237,38 @@ TEST_F(NodeSumTest, WhatIsSetAsideIsBounded) {
   EXPECT_EQ(Take<StartSetAside>().size(), 1u);
 }
 
+// Two of three ranks may need one gradient, of whom both wait for what one has not handed over.
 TEST_F(NodeSumTest, ARankThatIsAheadLeavesRoomToTheOthers) {
-  job_->OnMicroStep(1, 1);
-  job_->OnScatter(1, 31, 2, 1, false, 0, {true});
-  job_->OnScatter(1, 32, 1, 1, false, 0, {true});
-  job_->OnMakeRoom(1);
-  const std::vector<StartSetAside> aside = Take<StartSetAside>();
-  ASSERT_EQ(aside.size(), 1u);
-  job_->OnSetAsideDone(2, aside[0].aside, true);
-  job_->OnMakeRoom(1);
-  EXPECT_TRUE(Take<StartSetAside>().empty());
-  job_->OnMicroStep(0, 1);  // not ahead any more
+  JobSpec spec = Spec(1, 3);
+  spec.node_sum = true;
+  Make(spec);
+  Attach(3);
+  job_->OnMicroStep(2, 1);
+  for (UnitIndex u : {0, 1, 2, 0, 1, 2, 2}) job_->OnScatter(2, 31, u, 1, false, 0, {true});
+  for (uint64_t count : {1, 1, 1, 1, 1, 1, 0}) {
+    job_->OnMakeRoom(2);
+    const std::vector<StartSetAside> aside = Take<StartSetAside>();
+    ASSERT_EQ(aside.size(), count);
+    if (count == 1) job_->OnSetAsideDone(aside[0].unit, aside[0].aside, true);
+  }
+  job_->OnMicroStep(0, 1);  // one of the others is behind now, and waits for nobody
   EXPECT_EQ(Take<StartSetAside>().size(), 1u);
+}
+
+// Who waits in a barrier is past all that comes before it.
+TEST_F(NodeSumTest, ARankAtABarrierIsNotWaitedFor) {
+  job_->OnScatter(1, 31, 0, 1, false, 500, {true});
+  job_->OnMicroStep(1, 1);
+  job_->OnScatter(1, 32, 0, 1, false, 600, {true});
+  EXPECT_TRUE(Accumulated().empty());
+  job_->OnScalar(0, 33, {});
+  EXPECT_EQ(Accumulated(), (std::vector<uint64_t>{500, 600}));
+  job_->OnScalar(1, 34, {});
+  EXPECT_TRUE(Answer(33).ok());
+  job_->OnScatter(1, 35, 0, 1, false, 700, {true});  // behind it: after rank 0's
+  EXPECT_TRUE(Accumulated().empty());
+  job_->OnScatter(0, 36, 0, 1, true, 800, {true});
+  EXPECT_EQ(Accumulated(), (std::vector<uint64_t>{800, 700}));
 }
 
 TEST_F(NodeSumTest, WhereThereIsNoMemoryItWaitsAndIsAskedForAgain) {
