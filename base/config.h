@@ -315,7 +315,7 @@ struct Config {
     GradientPlanChoice gradient_plan = GradientPlanChoice::kAuto;  // "auto", "per_rank", "node_sum"
     bool guard_pages = true;                   // released units fault loudly
     bool master_remainder = false;             // bf16: fp32 master as window + 16-bit remainder
-    double step_timeout_seconds = 0;           // that a rank waits for others; 0: none
+    double step_timeout_seconds = 0;           // 0: none
     double attach_timeout_seconds = 600;       // how long a forming job waits for its ranks
     double linger_seconds = 600;               // how long state waits for trainers that died
     uint64_t window_bytes_max = 0;  // the window never grows beyond; 0: the whole layout's size

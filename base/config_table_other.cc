@@ -208,7 +208,8 @@ void AppendZerodKeys(std::vector<ConfigKey>* keys) {
       {.path = "zerod.master_remainder", .served = Served::kNotYet,
        .note = "the master copy is whole", .slot = SLOT(zerod.master_remainder)},
       {.path = "zerod.step_timeout_seconds",
-       .note = "how long ranks may wait for another's step(); 0: as long as it lives",
+       .note = "from a step's first step() to its end, and of a wait for room in the gradient "
+               "staging memory; 0: none",
        .slot = SLOT(zerod.step_timeout_seconds), .min = 0, .max = kSecondsMax},
       {.path = "zerod.attach_timeout_seconds", .note = "how long a forming job waits for its ranks",
        .slot = SLOT(zerod.attach_timeout_seconds), .min = 0.001, .max = kSecondsMax},

@@ -270,6 +270,7 @@ void Gradients::LandPart(uint32_t parameter, Part part, const std::byte* gradien
 
 absl::Status Gradients::PostSlot(Part part, bool last, uint64_t step) {
   Slot& slot = SlotOf(part);
+  if (in_flight_.size() >= kScattersInFlightMax) RETURN_IF_ERROR(TakeAnswers());
   while (in_flight_.size() >= kScattersInFlightMax) RETURN_IF_ERROR(AwaitAnswer());
   shm::SubmitEntry entry = ScatterEntry(part.unit, last, step);
   entry.arg0 = slot.offset;

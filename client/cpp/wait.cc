@@ -74,7 +74,6 @@ absl::Status Requests::Slice(std::unique_lock<std::mutex>* lock, News news, absl
                      "process waited for ", what, "; the job's state in its memory is lost, its "
                      "log says why it ended"));
   }
-  Tell(lock, what, now, wait);
   if (watchers_.interrupt) {
     lock->unlock();
     const bool interrupted = watchers_.interrupt();
@@ -83,6 +82,7 @@ absl::Status Requests::Slice(std::unique_lock<std::mutex>* lock, News news, absl
       return absl::CancelledError(absl::StrCat("interrupted while waiting for ", what));
     }
   }
+  Tell(lock, what, now, wait);
   return absl::OkStatus();
 }
 

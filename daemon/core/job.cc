@@ -93,6 +93,7 @@ absl::Status Job::OnAttach(SlotIndex slot, Rank rank) {
 void Job::OnClientGone(SlotIndex slot, const std::string& reason) {
   if (slot >= slots_.size()) return;
   Slot& s = slots_[slot];
+  s.wants_room = false;
   if (s.state == SlotState::kAttached) {
     s.state = SlotState::kDead;
     ForgetScalars(slot);

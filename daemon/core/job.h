@@ -13,6 +13,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -271,7 +272,7 @@ class Job {
   // Who has not come, while forming; while running, which ranks wait for which others and for what.
   // For status pages; may be empty.
   std::string WaitingFor() const;
-  // node_sum: it has asked for room in its staging since the last answer to a scatter of its own.
+  // node_sum: it waits for room in its staging.
   bool WantsRoom(SlotIndex slot) const { return slots_[slot].wants_room; }
 
  private:
@@ -291,6 +292,7 @@ class Job {
     // Per unit and part of it: scatters in this round since the last scalar or micro-step.
     std::vector<std::vector<uint32_t>> indices;
     bool wants_room = false;         // waits for the answer to any of its scatters
+    bool room_refused = false;       // there was no memory, and nothing has changed since
     size_t cursor = 0;             // where in the forecast it was last seen
   };
   struct Waiter {
@@ -358,7 +360,8 @@ class Job {
   std::string WaitingForStep() const;
   std::string WaitingForScalar() const;
   std::string WaitingForRoom() const;
-  std::string MissingNodes(bool (Sequencer::*has)(MemberIndex) const) const;
+  std::string WaitingForReduce() const;
+  std::string MissingNodes(const std::function<bool(MemberIndex)>& has) const;
   ScalarWait& PostScalar(Waiter waiter, const ScalarValues& values);
   void ForgetScalars(SlotIndex slot);
   void Answer(Waiter waiter, absl::Status status, uint64_t result = 0);
@@ -374,6 +377,7 @@ class Job {
   void PassOn(Slot* slot);
   void PumpStaging(UnitIndex unit);
   void PumpRoom();
+  void TryRoom();
   Staged* OldestInStaging(SlotIndex slot, UnitIndex* unit);
   uint64_t AsideMax(const Slot& slot) const;
   void ForgetStaged(UnitState* u, const absl::Status& why);
@@ -453,6 +457,7 @@ class Job {
   uint32_t setting_aside_ = 0;  // on their way there
   bool step_reported_ = false;
   bool norm_running_ = false;
+  bool norm_started_ = false;     // of this step: every member has reported it
   uint32_t applying_ = 0;
   std::shared_ptr<const ApplyPlan> measured_plan_;  // from COMMIT to TENSOR_NORMS, if that comes
   uint32_t measuring_ = 0;        // units in their first pass

@@ -497,6 +497,7 @@ void Job::OnDetach(SlotIndex slot, uint64_t cookie) {
   if (!Attached(slot)) return;
   Answer({slot, cookie}, absl::OkStatus());
   Slot& s = slots_[slot];
+  s.wants_room = false;
   const bool left = state_ != JobState::kForming;
   if (left) {
     s.state = SlotState::kLeft;

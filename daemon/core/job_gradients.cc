@@ -60,6 +60,7 @@ void Job::OnScatter(SlotIndex slot, uint64_t cookie, UnitIndex unit, Step step, 
   }
   if (status.ok()) status = MissingRank();
   if (!status.ok()) return Answer({slot, cookie}, status);
+  s.wants_room = false;  // it has found some
   UnitState& u = units_[unit];
   for (size_t i = 0; i < touched.size(); ++i) {
     if (touched[i]) u.touched[i] = true;
@@ -92,6 +93,7 @@ void Job::OnMicroStep(SlotIndex slot, Step step) {
   if (!Attached(slot) || !spec_.node_sum || !CheckUnitAndStep(0, step).ok()) return;
   Slot& s = slots_[slot];
   if (s.stepped) return;
+  s.wants_room = false;
   ++s.micro_steps;
   PassOn(&s);
   Pump();
@@ -231,11 +233,17 @@ uint64_t Job::AsideMax(const Slot& slot) const {
   return (slots_.size() - left) * aside_of_one_;
 }
 
+// Something has changed.
+void Job::PumpRoom() {
+  for (Slot& s : slots_) s.room_refused = false;
+  TryRoom();
+}
+
 // Sets aside what waits in the staging of clients that have no room left, oldest first and no more
 // than they need: the answer lets the client look again.
-void Job::PumpRoom() {
+void Job::TryRoom() {
   for (SlotIndex i = 0; i < slots_.size(); ++i) {
-    if (!slots_[i].wants_room) continue;
+    if (!slots_[i].wants_room || slots_[i].room_refused) continue;
     UnitIndex unit = 0;
     Staged* const oldest = OldestInStaging(i, &unit);
     if (oldest == nullptr || oldest->moving) {
@@ -263,16 +271,21 @@ void Job::OnSetAsideDone(UnitIndex unit, uint64_t aside, bool done) {
   --setting_aside_;
   const absl::Status missing = MissingRank();
   if (!done) {
-    // Asked again when something has changed.
+    // Asked again when something has changed. Another's may be smaller.
     aside_bytes_ -= it->bytes;
     it->aside = 0;
+    slots_[it->slot].room_refused = true;
   } else if (missing.ok()) {
     slots_[it->slot].wants_room = false;
     Answer({it->slot, std::exchange(it->cookie, 0)}, absl::OkStatus());
   }
   if (!missing.ok()) ForgetStaged(&u, missing);
   PumpStaging(unit);
-  if (done) PumpRoom();
+  if (done) {
+    PumpRoom();
+  } else {
+    TryRoom();
+  }
   Advance();  // a new generation waits for it
   Pump();
 }
@@ -287,7 +300,10 @@ void Job::ForgetStaged(UnitState* u, const absl::Status& why) {
       continue;
     }
     Answer({s.slot, s.cookie}, why);
-    if (s.aside == 0) continue;
+    if (s.aside == 0) {
+      slots_[s.slot].wants_room = false;
+      continue;
+    }
     aside_bytes_ -= s.bytes;
     Emit(DropAside{s.aside});
   }

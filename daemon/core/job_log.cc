@@ -102,7 +102,7 @@ void Job::Start(const Entry& e) {
     case EntryKind::kAllGather: return StartGather(e);
     case EntryKind::kReduceScatter: return StartReduceScatter(e);
     case EntryKind::kNorm:
-      norm_running_ = true;
+      norm_running_ = norm_started_ = true;
       return Emit(ComputeNorm{e.step, e.norm_needed});
     case EntryKind::kCommit: return StartCommit(e);
     case EntryKind::kTensorNorms: return StartTensorNorms(e);
@@ -389,6 +389,7 @@ void Job::ResetStep() {
     s.micro_steps = 0;
     s.wants_room = false;
   }
+  norm_started_ = false;
   aside_bytes_ = 0;
   for (UnitIndex i = 0; i < units_.size(); ++i) {
     UnitState& u = units_[i];

@@ -32,7 +32,8 @@ namespace zerod::core {
 //   scratch     for what is updated by matrix: of the largest that this member keeps, and of
 //               kMatricesAtOnce of them
 //   set_aside   node_sum: gradients that left their clients' staging before their turn. Taken at
-//               need and given back with the step, one gradient at most: not part of the plan
+//               need and given back with the step, one for each local rank at most: not part of
+//               the plan
 //   control     rings, tables, transfer areas
 struct MemoryPlan {
   uint64_t parameters = 0;

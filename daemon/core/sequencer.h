@@ -36,9 +36,14 @@ class Sequencer {
   // The failure that OnReport returned gives the job's state up on purpose.
   bool discarded() const { return discarded_; }
   bool joined(MemberIndex m) const { return members_[m].joined; }
-  // It has reported the step under way, or the scalar that is next.
+  // It has reported the step under way, that scalar, or that round of the unit's gradients.
   bool has_step(MemberIndex m) const { return members_[m].step.has_value(); }
-  bool has_scalar(MemberIndex m) const { return members_[m].scalars.count(scalars_done_ + 1) != 0; }
+  bool has_scalar(MemberIndex m, uint64_t ordinal) const {
+    return ordinal <= scalars_done_ || members_[m].scalars.count(ordinal) != 0;
+  }
+  bool has_gradients(MemberIndex m, UnitIndex unit, uint32_t round) const {
+    return members_[m].ready_round[unit] >= round;
+  }
   // Ranks that are attached, in the generation under way.
   const std::vector<bool>& attached() const { return attached_; }
 

@@ -43,7 +43,7 @@ class FakeDaemon {
   ~FakeDaemon();
 
   // The client of this daemon. Call once.
-  // Waits are told of from 20 ms on.
+  // Waits are told of when they last as long as kWaitSlice.
   std::unique_ptr<Client> Attach(std::function<bool()> interrupt = nullptr,
                                  std::function<void(const std::string&)> on_wait = nullptr);
 

@@ -13,7 +13,6 @@ namespace zerod::core {
 namespace {
 
 using ::testing::HasSubstr;
-using ::testing::StartsWith;
 
 TEST_F(JobTest, AStepAppliesWhatWasTouchedOnce) {
   Make(Spec(1, 2));
@@ -275,33 +274,6 @@ TEST_F(JobTest, ARankThatLeavesLeavesNobodyWaiting) {
   const std::vector<End> end = Take<End>();
   ASSERT_EQ(end.size(), 1u);
   EXPECT_TRUE(end[0].status.ok());
-}
-
-TEST_F(JobTest, SaysWhoWaitsForWhom) {
-  JobSpec spec = Spec(1, 2);
-  spec.node_sum = true;
-  Make(spec);
-  Attach(2);
-  EXPECT_EQ(job_->WaitingFor(), "");
-  job_->OnScalar(0, 21, {});
-  EXPECT_EQ(job_->WaitingFor(),
-            "rank 0 waits for rank 1 to come to a barrier or all_reduce of zerod");
-  job_->OnScalar(1, 22, {});
-  EXPECT_EQ(job_->WaitingFor(), "");
-  job_->OnScatter(1, 23, 0, 1, false, 0, {true});
-  EXPECT_EQ(job_->WaitingFor(), "");  // it goes on
-  EXPECT_FALSE(job_->WantsRoom(1));
-  job_->OnMakeRoom(1);
-  const std::vector<StartSetAside> aside = Take<StartSetAside>();
-  ASSERT_EQ(aside.size(), 1u);
-  EXPECT_EQ(job_->WaitingFor(), "");  // room is being made
-  job_->OnSetAsideDone(0, aside[0].aside, /*done=*/false);
-  EXPECT_TRUE(job_->WantsRoom(1));
-  EXPECT_THAT(job_->WaitingFor(), StartsWith("rank 1 waits for room in the gradient staging "
-                                             "memory, until rank 0 is as far"));
-  job_->OnStep(0, 24, 1, Hyper(1), {});
-  RunEngine();
-  EXPECT_EQ(job_->WaitingFor(), "rank 0 waits for rank 1 to call step() for step 1");
 }
 
 TEST_F(JobTest, WhatAClientDoesNotWaitForIsAnsweredAtTheStep) {

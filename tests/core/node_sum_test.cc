@@ -255,6 +255,33 @@ TEST_F(NodeSumTest, ARankThatIsAheadLeavesRoomToTheOthers) {
   EXPECT_EQ(Take<StartSetAside>().size(), 1u);
 }
 
+TEST_F(NodeSumTest, WhatOneFoundNoMemoryForIsThereForAnother) {
+  JobSpec spec = Spec(1, 3);
+  spec.node_sum = true;
+  Make(spec);
+  Attach(3);
+  for (int i = 0; i < 6; ++i) job_->OnScatter(1, 31, 2, 1, false, 0, {true});
+  std::vector<StartSetAside> aside;
+  for (int i = 0; i < 6; ++i) {
+    job_->OnMakeRoom(1);
+    aside = Take<StartSetAside>();
+    ASSERT_EQ(aside.size(), 1u);
+    if (i < 5) job_->OnSetAsideDone(2, aside[0].aside, true);
+  }
+  job_->OnScatter(2, 32, 0, 1, false, 0, {true});
+  job_->OnMakeRoom(2);
+  EXPECT_TRUE(Take<StartSetAside>().empty());  // all that may be is taken, or about to be
+  job_->OnSetAsideDone(2, aside[0].aside, false);
+  aside = Take<StartSetAside>();
+  ASSERT_EQ(aside.size(), 1u);
+  EXPECT_EQ(aside[0].slot, 2u);
+  job_->OnSetAsideDone(0, aside[0].aside, false);
+  EXPECT_TRUE(Take<StartSetAside>().empty());  // and not to and fro between them
+  EXPECT_TRUE(job_->WantsRoom(1));
+  job_->OnMicroStep(1, 1);  // it has found room, or there would be no such request
+  EXPECT_FALSE(job_->WantsRoom(1));
+}
+
 // Who waits in a barrier is past all that comes before it.
 TEST_F(NodeSumTest, ARankAtABarrierIsNotWaitedFor) {
   job_->OnScatter(1, 31, 0, 1, false, 500, {true});

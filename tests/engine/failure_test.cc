@@ -414,6 +414,30 @@ TEST(Limits, AStepMayBeGivenATimeLimit) {
   });
 }
 
+// Rank 1 is ahead of rank 0 by more gradients than are set aside.
+TEST(Limits, AWaitForRoomHasItToo) {
+  Cluster cluster(Small(2, "\"step_timeout_seconds\": 0.3, \"gradient_plan\": \"node_sum\", "
+                           "\"staging_bytes\": 4096"));
+  cluster.RunClients([&](uint32_t rank, FakeClient& client) {
+    EXPECT_TRUE(client.Barrier().ok());
+    if (rank == 1) {
+      client.set_makes_room();
+      absl::Status status;
+      for (int pass = 0; pass < 10 && status.ok(); ++pass) {
+        status = Backward(cluster.layout(), rank, client, DefaultWorkload());
+        if (status.ok()) status = client.EndMicroStep();
+      }
+      EXPECT_FALSE(status.ok());
+    }
+    const absl::Status failure = client.WaitForFailure();
+    EXPECT_EQ(failure.code(), absl::StatusCode::kDeadlineExceeded);
+    EXPECT_THAT(std::string(failure.message()), HasSubstr("0.3 seconds to hand over a gradient"));
+    EXPECT_THAT(std::string(failure.message()),
+                HasSubstr("rank 1 waits for room in the gradient staging memory, until the "
+                          "micro-step of rank 0 comes to it"));
+  });
+}
+
 TEST(Limits, AnAnswerToAnotherStepIsNoReprieve) {
   Cluster cluster(Small(2, "\"step_timeout_seconds\": 0.5"));
   auto processes = MakeProcesses(2);

@@ -44,7 +44,7 @@ void Truth::PrepareBefore(Step step) {
   progress_before_[step] = std::move(progress);
 }
 
-// The gradient of one fragment in the order of sums that DESIGN promises: per_rank adds
+// The gradient of one fragment in the order of sums of docs/step.md: per_rank adds
 // micro-steps within a client, then ranks; node_sum adds ranks within each place of a micro-step,
 // or of what lies between two barriers within one; then nodes; rounds one after the other.
 Gradient Truth::Sum(const std::vector<std::shared_ptr<Process>>& processes, UnitIndex unit,

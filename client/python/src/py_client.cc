@@ -492,7 +492,12 @@ void LogWarning(const std::string& text) {
   try {
     nb::module_::import_("logging").attr("getLogger")("zerod").attr("warning")("%s", text);
   } catch (nb::python_error& error) {
-    error.discard_as_unraisable("the log of zerod");
+    // Ctrl-C, or a signal handler's SystemExit, that came meanwhile is for PendingSignal to see.
+    if (!error.matches(PyExc_Exception)) {
+      error.restore();
+    } else {
+      error.discard_as_unraisable("the log of zerod");
+    }
   }
 }
 

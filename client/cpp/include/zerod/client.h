@@ -81,7 +81,8 @@ struct AttachOptions {
   double takeover_seconds = 10;        // how long a living predecessor of this rank is waited for
   std::function<bool()> interrupt;
   // Told, by the waiting thread, why it takes so long: when attaching after notice_seconds, later
-  // after wait_notice_seconds, and again each time that as long as until then has passed.
+  // after wait_notice_seconds, and again each time that as long as until then has passed. Kept as
+  // long as the client; several threads may wait, and tell, at once.
   std::function<void(const std::string&)> on_wait;
   double notice_seconds = 5;
   double wait_notice_seconds = 60;
