@@ -364,7 +364,8 @@ def test_refused_models(fake):
         with pytest.raises(zerod.ModelError, match=match):
             start(model, fake, **config)
 
-    refused(nn.Embedding(4, 4, sparse=True), "sparse")
+    refused(nn.Embedding(4, 4, sparse=True), r"the model \(Embedding\) makes")
+    refused(nn.Sequential(nn.EmbeddingBag(4, 4, sparse=True)), "the module '0' makes sparse")
     refused(nn.Embedding(4, 4, max_norm=1.0), "max_norm")
     refused(nn.Sequential(torch.jit.script(nn.Linear(4, 4))), "TorchScript")
     refused(nn.Linear(2, 2).double(), "float64")

@@ -157,3 +157,40 @@ def asked_for_their_type(rank, world):
         return loss.item()
 
     return Stack(), train
+
+
+def gave_back(call) -> Callable[[int, int], tuple[nn.Module, Train]]:
+    """Modules that return a parameter of theirs, or a view of it, for others to read: more of them
+    at a time than parameters that were only looked up stay gathered for."""
+
+    class Query(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query = nn.Parameter(torch.randn(3, WIDTH) / 8)
+
+        def forward(self, count):
+            return {"query": self.query.expand(count, -1, -1)} if count else (self.query,)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.queries = nn.ModuleList(Query() for _ in range(6))
+            self.layers = nn.ModuleList(Block() for _ in range(6))
+
+        def forward(self, x):
+            x = x.requires_grad_() * 1
+            views = [query(len(x))["query"] for query in self.queries]
+            whole = [query(0)[0] for query in self.queries]
+            for layer, view, query in zip(self.layers, views, whole):
+                x = call(read, layer, x, view, query)
+            return x
+
+    def read(layer, x, view, query):
+        return layer(x + view.mean(1) * query.sum(0))
+
+    return lambda rank, world: (Model(), simple(rank))
+
+
+case(gave_back(lambda function, *args: function(*args)), "parameter_given_back")
+case(gave_back(partial(checkpoint, use_reentrant=False)), "parameter_given_back_checkpoint")
+case(gave_back(partial(checkpoint, use_reentrant=True)), "parameter_given_back_reentrant")

@@ -13,7 +13,8 @@ What the nets cannot see is a parameter that was looked up before: a checkpoint'
 have it among its arguments, and the graph that a backward pass with create_graph makes has it as it
 was then. The last few units that were looked up outside of their module's forward stay held to the
 forward's end, and where something is recomputed from the beginning of the backward pass to its end;
-those of a pass that makes a graph are held until step().
+those of a pass that makes a graph are held until step(). So are all units whose module gave a
+parameter back, or a view of one (learned queries, expanded to the batch): others go on to read it.
 
 Holds are a set: gathering twice and releasing twice do no harm.
 """
@@ -127,6 +128,7 @@ class Gathering:
         # The last units that were looked up in this step outside of their modules' forwards, and
         # whether a graph was being made then.
         self._strays: dict[int, bool] = {}
+        self._returned: set[int] = set()  # those of them that a module gave back
         self._recomputes = False  # after that a module was called whose forward is made again
         self._differentiates = False  # the engine's forward under way
         self._makes_graph = False  # the backward pass under way, of tensors that no net packs
@@ -212,6 +214,7 @@ class Gathering:
         for unit in self.demand_units:
             self.depth[unit] = 0
         self._strays.clear()
+        self._returned.clear()
         self._in_graphs.clear()
         self._recomputes = self._makes_graph = False
         self.end_backward()
@@ -320,6 +323,8 @@ class Gathering:
                 call.watch_outputs(output)
             if _task_id() != -1:
                 return  # a recomputation: the backward pass needs it next
+            if self.active:
+                self._keep_returned(output)
             self.release(unit)
             if self.active == 0:
                 self._let_go()
@@ -403,12 +408,23 @@ class Gathering:
         makes_graph = torch.is_grad_enabled() and _task_id() == -1
         self._strays[unit] = self._strays.pop(unit, False) or makes_graph
         self._kept.add(unit)
-        if len(self._strays) > _STRAYS_MAX:
-            oldest = next(iter(self._strays))
+        passing = [stray for stray in self._strays if stray not in self._returned]
+        if len(passing) > _STRAYS_MAX:
+            oldest = passing[0]
             del self._strays[oldest]
             self._kept.discard(oldest)
             self._kept |= self._in_graphs
             self.release(oldest)
+
+    def _keep_returned(self, output: object) -> None:
+        for tensor in tensors_in(output):
+            try:
+                unit = self._unit_at(tensor)
+            except RuntimeError:
+                continue  # no storage (sparse, say)
+            if unit >= 0 and self.held[unit] and not self.depth[unit]:
+                self._returned.add(unit)
+                self._keep(unit)
 
     def _index_addresses(self) -> None:
         first: dict[int, int] = {}
@@ -421,16 +437,18 @@ class Gathering:
         self._base = self.client.base
         self._end = self._base + self.client.reserved_bytes
 
+    def _unit_at(self, tensor: torch.Tensor) -> int:
+        """In whose memory the tensor lies; -1: in none, or in one that stays gathered."""
+        address = tensor.data_ptr()
+        if not self._base <= address < self._end:
+            return -1
+        unit = self._start_units[bisect_right(self._starts, address) - 1]
+        return unit if self._demand[unit] else -1
+
     def _pack(self, tensor: torch.Tensor) -> Any:
         # The hooks take torch's own check for in-place changes away, so it is done here.
-        unit = -1
         try:
-            address = tensor.data_ptr()
-            if self._base <= address < self._end:
-                unit = self._start_units[bisect_right(self._starts, address) - 1]
-                if not self._demand[unit]:
-                    unit = -1
-            return (tensor, tensor._version, unit)
+            return (tensor, tensor._version, self._unit_at(tensor))
         except RuntimeError:  # no storage (while a compiler traces), or no version
             return tensor
 

@@ -191,18 +191,19 @@ def _groups(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[i
 
 
 def _check_module(path: str, module: nn.Module) -> None:
+    what = f"the module {path!r}" if path else f"the model ({type(module).__name__})"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
         raise ModelError(
-            f"the module {path!r} makes sparse gradients, which are not served: pass sparse=False"
+            f"{what} makes sparse gradients, which are not served: pass sparse=False"
         )
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
         raise ModelError(
-            f"the module {path!r} writes into its weights in forward (max_norm), where they are "
+            f"{what} writes into its weights in forward (max_norm), where they are "
             "read-only: leave max_norm out, and scale what forward looked up"
         )
     if isinstance(module, torch.jit.ScriptModule):
         raise ModelError(
-            f"the module {path!r} is TorchScript, which runs no hooks: pass what it was made of"
+            f"{what} is TorchScript, which runs no hooks: pass what it was made of"
         )
 
 
