@@ -85,3 +85,20 @@ def test_on_real_daemons():
     for name in results[0]:
         mean = [(a + b) / 2 for a, b in zip(results[0][name], results[1][name])]
         assert mean == pytest.approx(expected, rel=1e-4), name
+
+
+@pytest.mark.usefixtures("fake")
+def test_backward_passes_that_are_summed_first():
+    """step() is not taken for a micro-step inside of what sums them, where it would be lost."""
+    engine = engines(1)[1]
+    with engine.coalesce_grad_reduction():
+        for k in range(2):
+            engine.backward(engine(zoo.batch(0, k)).sum())
+        with pytest.raises(AssertionError, match="inside coalesce_grad_reduction"):
+            engine.step()
+        for another in (engine.no_sync, engine.coalesce_grad_reduction):
+            with pytest.raises(AssertionError, match="no_sync"), another():
+                pass
+    assert engine.global_steps == engine.micro_steps == 0
+    engine.step()
+    assert engine.global_steps == engine.micro_steps == 1
