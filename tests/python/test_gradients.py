@@ -102,3 +102,24 @@ def test_backward_passes_that_are_summed_first():
     assert engine.global_steps == engine.micro_steps == 0
     engine.step()
     assert engine.global_steps == engine.micro_steps == 1
+
+
+def test_checkpointing_of_activations_under_deepspeeds_name():
+    from zerod.as_deepspeed import checkpointing
+
+    x, scale = torch.ones(3, requires_grad=True), torch.full((3,), 2.0, requires_grad=True)
+    calls = []
+
+    def forward(value, factor=None, power=1):
+        calls.append(power)
+        return (value * factor) ** power
+
+    checkpointing.checkpoint(forward, x, power=3, factor=scale).sum().backward()
+    assert calls == [3, 3]
+    assert x.grad.tolist() == [24.0] * 3 and scale.grad.tolist() == [12.0] * 3
+    with pytest.raises(ValueError, match="activation_checkpointing: is not served"):
+        checkpointing.configure(None, {"train_micro_batch_size_per_gpu": 1,
+                                       "activation_checkpointing": {"cpu_checkpointing": True}})
+    assert not checkpointing.is_configured()
+    checkpointing.configure(None, {"train_micro_batch_size_per_gpu": 1})
+    assert checkpointing.is_configured()
