@@ -39,6 +39,20 @@ def test_sources(fake, tmp_path):
         config.choose_source(types.SimpleNamespace(deepspeed_config="x"), BASE, None)
 
 
+def test_values_that_scripts_put_into_a_dict(fake):
+    numpy = pytest.importorskip("numpy")
+    from zerod import config
+
+    given = {"torch_autocast": types.MappingProxyType({"dtype": torch.bfloat16}),
+             "train_batch_size": numpy.int64(8), "gradient_clipping": numpy.float32(0.5),
+             "optimizer": {"params": {"lr": torch.tensor(0.25)}}}
+    assert json.loads(config.read_source(given)) == {
+        "torch_autocast": {"dtype": "bfloat16"}, "train_batch_size": 8, "gradient_clipping": 0.5,
+        "optimizer": {"params": {"lr": 0.25}}}
+    with pytest.raises(TypeError, match="the configuration has .*, of type one, which is not"):
+        config.read_source({"optimizer": type("one", (), {})()})
+
+
 class Configured(nn.Module):
     def __init__(self, config):
         super().__init__()
