@@ -203,3 +203,22 @@ def test_the_daemon_gets_what_auto_became():
     assert refused["error"].splitlines() == [
         '"auto" cannot be resolved for bf16.enabled, optimizer.params.lr, '
         "scheduler.params.warmup_max_lr; write the values"]
+
+
+def test_a_model_in_bf16_and_a_configuration_that_does_not_say_so(fake, caplog):
+    """Transformers loads weights in the checkpoint's type; DeepSpeed trains them, with fp32
+    masters."""
+    import zerod
+
+    def start(model, **more):
+        return zerod.initialize(model=model, config=BASE | more, written_for_deepspeed=True)[0]
+
+    engine = start(nn.Linear(2, 2).bfloat16())
+    assert engine.bfloat16_enabled()
+    assert "all parameters are bfloat16" in caplog.text
+    mixed = nn.Sequential(nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2))
+    for model, more in ((mixed, {}), (nn.Linear(2, 2).half(), {})):
+        with pytest.raises(zerod.ModelError, match="in a float32 job"):
+            start(model, **more)
+    with pytest.raises(zerod.ModelError, match="in a float32 job"):
+        zerod.initialize(model=nn.Linear(2, 2).bfloat16(), config=BASE)
