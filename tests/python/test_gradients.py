@@ -104,7 +104,7 @@ def test_backward_passes_that_are_summed_first():
     assert engine.global_steps == engine.micro_steps == 1
 
 
-def test_checkpointing_of_activations_under_deepspeeds_name():
+def test_checkpointing_of_activations_under_deepspeeds_name(monkeypatch):
     from zerod.as_deepspeed import checkpointing
 
     x, scale = torch.ones(3, requires_grad=True), torch.full((3,), 2.0, requires_grad=True)
@@ -117,9 +117,18 @@ def test_checkpointing_of_activations_under_deepspeeds_name():
     checkpointing.checkpoint(forward, x, power=3, factor=scale).sum().backward()
     assert calls == [3, 3]
     assert x.grad.tolist() == [24.0] * 3 and scale.grad.tolist() == [12.0] * 3
-    with pytest.raises(ValueError, match="activation_checkpointing: is not served"):
-        checkpointing.configure(None, {"train_micro_batch_size_per_gpu": 1,
-                                       "activation_checkpointing": {"cpu_checkpointing": True}})
+    read = []
+
+    def reader(config):
+        if config in read:
+            raise ValueError("is not served")
+        read.append(config)
+
+    monkeypatch.setattr(checkpointing, "_configured", False)
+    monkeypatch.setattr(checkpointing, "DeepSpeedConfig", reader)
+    read.append({"a": 1})
+    with pytest.raises(ValueError, match="is not served"):
+        checkpointing.configure(None, {"a": 1})
     assert not checkpointing.is_configured()
-    checkpointing.configure(None, {"train_micro_batch_size_per_gpu": 1})
-    assert checkpointing.is_configured()
+    checkpointing.configure(None, {"b": 1})
+    assert checkpointing.is_configured() and {"b": 1} in read
