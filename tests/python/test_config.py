@@ -39,6 +39,20 @@ def test_sources(fake, tmp_path):
         config.choose_source(types.SimpleNamespace(deepspeed_config="x"), BASE, None)
 
 
+def test_values_that_scripts_put_into_a_dict(fake):
+    numpy = pytest.importorskip("numpy")
+    from zerod import config
+
+    given = {"torch_autocast": types.MappingProxyType({"dtype": torch.bfloat16}),
+             "train_batch_size": numpy.int64(8), "gradient_clipping": numpy.float32(0.5),
+             "optimizer": {"params": {"lr": torch.tensor(0.25)}}}
+    assert json.loads(config.read_source(given)) == {
+        "torch_autocast": {"dtype": "bfloat16"}, "train_batch_size": 8, "gradient_clipping": 0.5,
+        "optimizer": {"params": {"lr": 0.25}}}
+    with pytest.raises(TypeError, match="the configuration has .*, of type one, which is not"):
+        config.read_source({"optimizer": type("one", (), {})()})
+
+
 class Configured(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -189,3 +203,22 @@ def test_the_daemon_gets_what_auto_became():
     assert refused["error"].splitlines() == [
         '"auto" cannot be resolved for bf16.enabled, optimizer.params.lr, '
         "scheduler.params.warmup_max_lr; write the values"]
+
+
+def test_a_model_in_bf16_and_a_configuration_that_does_not_say_so(fake, caplog):
+    """Transformers loads weights in the checkpoint's type; DeepSpeed trains them, with fp32
+    masters."""
+    import zerod
+
+    def start(model, **more):
+        return zerod.initialize(model=model, config=BASE | more, written_for_deepspeed=True)[0]
+
+    engine = start(nn.Linear(2, 2).bfloat16())
+    assert engine.bfloat16_enabled()
+    assert "all parameters are bfloat16" in caplog.text
+    mixed = nn.Sequential(nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2))
+    for model, more in ((mixed, {}), (nn.Linear(2, 2).half(), {})):
+        with pytest.raises(zerod.ModelError, match="in a float32 job"):
+            start(model, **more)
+    with pytest.raises(zerod.ModelError, match="in a float32 job"):
+        zerod.initialize(model=nn.Linear(2, 2).bfloat16(), config=BASE)

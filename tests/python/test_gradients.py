@@ -85,3 +85,50 @@ def test_on_real_daemons():
     for name in results[0]:
         mean = [(a + b) / 2 for a, b in zip(results[0][name], results[1][name])]
         assert mean == pytest.approx(expected, rel=1e-4), name
+
+
+@pytest.mark.usefixtures("fake")
+def test_backward_passes_that_are_summed_first():
+    """step() is not taken for a micro-step inside of what sums them, where it would be lost."""
+    engine = engines(1)[1]
+    with engine.coalesce_grad_reduction():
+        for k in range(2):
+            engine.backward(engine(zoo.batch(0, k)).sum())
+        with pytest.raises(AssertionError, match="inside coalesce_grad_reduction"):
+            engine.step()
+        for another in (engine.no_sync, engine.coalesce_grad_reduction):
+            with pytest.raises(AssertionError, match="no_sync"), another():
+                pass
+    assert engine.global_steps == engine.micro_steps == 0
+    engine.step()
+    assert engine.global_steps == engine.micro_steps == 1
+
+
+def test_checkpointing_of_activations_under_deepspeeds_name(monkeypatch):
+    from zerod.as_deepspeed import checkpointing
+
+    x, scale = torch.ones(3, requires_grad=True), torch.full((3,), 2.0, requires_grad=True)
+    calls = []
+
+    def forward(value, factor=None, power=1):
+        calls.append(power)
+        return (value * factor) ** power
+
+    checkpointing.checkpoint(forward, x, power=3, factor=scale).sum().backward()
+    assert calls == [3, 3]
+    assert x.grad.tolist() == [24.0] * 3 and scale.grad.tolist() == [12.0] * 3
+    read = []
+
+    def reader(config):
+        if config in read:
+            raise ValueError("is not served")
+        read.append(config)
+
+    monkeypatch.setattr(checkpointing, "_configured", False)
+    monkeypatch.setattr(checkpointing, "DeepSpeedConfig", reader)
+    read.append({"a": 1})
+    with pytest.raises(ValueError, match="is not served"):
+        checkpointing.configure(None, {"a": 1})
+    assert not checkpointing.is_configured()
+    checkpointing.configure(None, {"b": 1})
+    assert checkpointing.is_configured() and {"b": 1} in read

@@ -37,7 +37,7 @@ def read_source(source: Source) -> str:
     """The text of a dict, of a file, or of base64 (URL-safe or not) of a JSON object, which is
     what launchers hand over on a command line. FileNotFoundError for a string that is neither."""
     if isinstance(source, Mapping):
-        return json.dumps(dict(source))
+        return json.dumps(dict(source), default=_plain)
     try:
         with open(source, encoding="utf-8") as file:
             return file.read()
@@ -52,6 +52,19 @@ def read_source(source: Source) -> str:
                 "a JSON object"
             ) from None
         return text
+
+
+def _plain(value: Any) -> Any:
+    """What scripts put into a dict where JSON has a name or a number."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, Mapping):
+        return dict(value)
+    if getattr(value, "ndim", None) == 0:  # numpy's numbers
+        return value.item()
+    raise TypeError(
+        f"the configuration has {value!r}, of type {type(value).__name__}, which is not JSON"
+    )
 
 
 def dtype(resolved: Mapping[str, Any]) -> torch.dtype:

@@ -186,7 +186,8 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
         boundary = self.is_gradient_accumulation_boundary()
         if self._inside_no_sync:
             raise AssertionError(
-                "It is illegal to call Engine.step() inside no_sync context manager"
+                "It is illegal to call Engine.step() inside no_sync context manager, or inside "
+                "coalesce_grad_reduction"
             )
         if not boundary:
             self.micro_steps += 1
@@ -274,22 +275,27 @@ class Engine(Settings, Saving, Further, Replaying, nn.Module):
             f"stage {stage}"
         )
         assert not self._inside_no_sync, "no_sync context manager reentry is unsupported"
+        with self._without_boundary():
+            yield
+
+    @contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """Several calls of backward() inside are one step's: their sum crosses the network once,
+        with step() after it. As in DeepSpeed, step() inside is an error."""
+        assert not self._inside_no_sync, (
+            "coalesce_grad_reduction cannot be nested inside another no_sync context"
+        )
+        with self._without_boundary():
+            yield
+
+    @contextmanager
+    def _without_boundary(self) -> Iterator[None]:
         forced, self._forced_boundary = self._forced_boundary, False
         self._inside_no_sync = True
         try:
             yield
         finally:
             self._inside_no_sync = False
-            self._forced_boundary = forced
-
-    @contextmanager
-    def coalesce_grad_reduction(self) -> Iterator[None]:
-        """Several calls of backward() inside are one step's: their sum crosses the network once,
-        with step() after it."""
-        forced, self._forced_boundary = self._forced_boundary, False
-        try:
-            yield
-        finally:
             self._forced_boundary = forced
 
     # --- State.

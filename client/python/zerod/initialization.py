@@ -147,18 +147,38 @@ def _read(
 ) -> configuration.Resolved:
     """The configuration without "auto", and its warnings in the log."""
     source = configuration.choose_source(args, config, config_params)
-    read = configuration.resolve(
-        configuration.read_source(source),
-        launch.world,
-        deepspeed_file=written_for_deepspeed,
-        hidden_sizes=auto_values.hidden_sizes(model),
-        values=auto_values.of_optimizer(optimizer),
-    )
+
+    def resolve(text: str) -> configuration.Resolved:
+        return configuration.resolve(
+            text,
+            launch.world,
+            deepspeed_file=written_for_deepspeed,
+            hidden_sizes=auto_values.hidden_sizes(model),
+            values=auto_values.of_optimizer(optimizer),
+        )
+
+    read = resolve(configuration.read_source(source))
+    warnings = list(read.warnings)
+    if written_for_deepspeed and _is_bf16_alone(model, read.config):
+        read = resolve(json.dumps(read.config | {"bf16": read.config["bf16"] | {"enabled": True}}))
+        warnings.append(
+            "all parameters are bfloat16, and neither bf16.enabled nor fp16.enabled is set: taken "
+            "as bf16.enabled, with fp32 master weights, as DeepSpeed trains such a model"
+        )
     progress.show_log(read.config)
     if launch.rank == 0:
-        for warning in read.warnings:
+        for warning in warnings:
             log.warning("the configuration: %s", warning)
     return read
+
+
+def _is_bf16_alone(model: nn.Module, resolved: dict[str, Any]) -> bool:
+    """A model that was loaded in bfloat16, which Transformers does unasked, and a configuration
+    that says nothing of it."""
+    if resolved["bf16"]["enabled"] or resolved["fp16"]["enabled"]:
+        return False
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return types == {torch.bfloat16}
 
 
 def _attach(

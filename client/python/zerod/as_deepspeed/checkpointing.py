@@ -6,6 +6,8 @@ from typing import Any
 
 from torch.utils import checkpoint as torch_checkpoint
 
+from zerod.as_deepspeed.entry import DeepSpeedConfig
+
 _configured = False
 
 
@@ -19,7 +21,9 @@ def configure(
     synchronize: bool | None = None,
     profile: bool | None = None,
 ) -> None:
-    """Every option is refused: what is kept between forward and backward is the script's own."""
+    """Every option is refused, here and in `deepspeed_config` (ValueError): what is kept between
+    forward and backward is the script's own. `num_checkpoints` sizes what contiguous_checkpointing
+    would keep."""
     options = {
         "partition_activations": partition_activations,
         "contiguous_checkpointing": contiguous_checkpointing,
@@ -32,6 +36,8 @@ def configure(
         chosen.append("mpu_")
     if chosen:
         raise NotImplementedError(f"deepspeed.checkpointing.configure: {chosen} is not served")
+    if deepspeed_config is not None:
+        DeepSpeedConfig(deepspeed_config)
     global _configured
     _configured = True
 
@@ -44,9 +50,16 @@ def reset() -> None:
     """Nothing is kept between calls."""
 
 
-def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Runs `function`; its activations are computed again in the backward pass."""
-    return torch_checkpoint.checkpoint(function, *args, use_reentrant=True)
+    # torch's reentrant kind gives gradients to positional arguments only, and takes no others.
+    names = tuple(kwargs)
+
+    def call(*values: Any) -> Any:
+        positional = values[: len(args)]
+        return function(*positional, **dict(zip(names, values[len(args) :], strict=True)))
+
+    return torch_checkpoint.checkpoint(call, *args, *kwargs.values(), use_reentrant=True)
 
 
 def non_reentrant_checkpoint(function: Callable[..., Any], *args: Any) -> Any:
