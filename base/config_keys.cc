@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
@@ -277,7 +278,8 @@ class Reader {
     Words all = key_.choices;
     all.insert(all.end(), key_.later.begin(), key_.later.end());
     if (value_.is_string()) {
-      const auto& word = value_.get_ref<const std::string&>();
+      std::string word = value_.get<std::string>();
+      if (key_.torch_name && absl::StartsWith(word, "torch.")) word.erase(0, strlen("torch."));
       for (size_t i = 0; i < all.size(); ++i) {
         if (word != all[i] && !(key_.any_case && absl::EqualsIgnoreCase(word, all[i]))) continue;
         if (i >= served) {

@@ -60,6 +60,7 @@ struct ConfigKey {
   // Of kChoice: known and refused, each with why and what to do instead.
   std::vector<std::pair<std::string, std::string>> refused = {};
   bool any_case = false;
+  bool torch_name = false;  // "torch.bfloat16", which is str(torch.bfloat16), is "bfloat16"
   const Gate* gate = nullptr;
   Words types = {};   // of the optimizer or scheduler that has this parameter; empty: every one
   const char* also = nullptr;  // JSON text of a value besides the default that is served

@@ -125,14 +125,17 @@ void AppendDataTypeKeys(std::vector<ConfigKey>* keys) {
   const std::vector<ConfigKey> types = {
       {.path = "data_types.grad_accum_dtype", .served = Served::kWorksBetter,
        .note = "gradients are accumulated in fp32, whatever is asked for",
-       .slot = SLOT(data_types.grad_accum_dtype), .choices = DataTypeNames(), .any_case = true},
+       .slot = SLOT(data_types.grad_accum_dtype), .choices = DataTypeNames(), .any_case = true,
+       .torch_name = true},
       {.path = "data_types.param_dtype",
        .note = "must be what bf16.enabled and fp16.enabled say",
-       .slot = SLOT(data_types.param_dtype), .choices = DataTypeNames(), .any_case = true},
+       .slot = SLOT(data_types.param_dtype), .choices = DataTypeNames(), .any_case = true,
+       .torch_name = true},
       {.path = "data_types.buffer_dtype",
        .note = "what floating-point buffers become in initialize; null: they keep their type",
        .slot = SLOT(data_types.buffer_dtype),
-       .choices = DataTypeNames(), .any_case = true},
+       .choices = DataTypeNames(), .any_case = true,
+       .torch_name = true},
       {.path = "data_types.keep_in_fp32_modules",
        .note = "of a job in 16 bits, buffers that are fp32 whatever else is said: a list of names, "
                "in which * stands for anything, found anywhere in a buffer's; auto: those that "
@@ -143,7 +146,8 @@ void AppendDataTypeKeys(std::vector<ConfigKey>* keys) {
        .slot = SLOT(data_types.autocast)},
       {.path = "torch_autocast.dtype", .note = "bfloat16, which is the default on CPUs",
        .slot = SLOT(data_types.autocast_dtype), .choices = {"bf16", "bfloat16"},
-       .later = {"fp16", "float16", "half"}, .any_case = true, .gate = AutocastGate()},
+       .later = {"fp16", "float16", "half"}, .any_case = true, .torch_name = true,
+       .gate = AutocastGate()},
       {.path = "torch_autocast.lower_precision_safe_modules", .served = Served::kNoMeaning,
        .note = "it lists whose gradients DeepSpeed sends in 16 bits; communication_data_type is "
                "for all",
