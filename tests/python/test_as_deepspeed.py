@@ -84,7 +84,8 @@ def test_names():
     assert found["names"] == [".deepspeed_env", "async_io", "cpu", "optim_states"]
     assert found["enum"] == "AVAILABLE"
     words = ["kernel-injected", "tensor parallelism", "pipeline", "sequence parallelism",
-             "sequence parallelism", "mpu", "amsgrad", "something_else"]
+             "sequence parallelism", "mpu", "amsgrad", "something_else",
+             "deepspeed.comm.allgather_fn"]
     assert all(word in text for word, text in zip(words, found["refused"])), found["refused"]
 
 

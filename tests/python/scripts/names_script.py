@@ -60,6 +60,7 @@ if result["found"]:
         lambda: deepspeed.initialize(model=torch.nn.Linear(1, 1), mpu=object(), config={}),
         lambda: DeepSpeedCPUAdam([weight], amsgrad=True),
         lambda: deepspeed.something_else,
+        lambda: comm.allgather_fn,
     ):
         try:
             use()

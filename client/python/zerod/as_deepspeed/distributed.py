@@ -143,4 +143,6 @@ def get(name: str) -> Any:
     own = globals().get(name)
     if callable(own) and getattr(own, "__module__", "") == __name__:
         return own
+    if not hasattr(dist, name):
+        raise AttributeError(f"deepspeed.comm.{name}: neither zerod nor torch.distributed has it")
     return getattr(dist, name)
