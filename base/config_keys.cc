@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
@@ -278,8 +277,8 @@ class Reader {
     Words all = key_.choices;
     all.insert(all.end(), key_.later.begin(), key_.later.end());
     if (value_.is_string()) {
-      std::string word = value_.get<std::string>();
-      if (key_.torch_name && absl::StartsWith(word, "torch.")) word.erase(0, strlen("torch."));
+      absl::string_view word = value_.get_ref<const std::string&>();
+      if (key_.torch_name) absl::ConsumePrefix(&word, "torch.");
       for (size_t i = 0; i < all.size(); ++i) {
         if (word != all[i] && !(key_.any_case && absl::EqualsIgnoreCase(word, all[i]))) continue;
         if (i >= served) {

@@ -231,10 +231,6 @@ bool BackOff(const AttachOptions& options, absl::Duration* pause) {
   return true;
 }
 
-std::string InSeconds(absl::Duration spent) {
-  return absl::FormatDuration(absl::Trunc(spent, absl::Seconds(1)));
-}
-
 absl::Status WithTries(const absl::Status& status, absl::Duration spent, const char* name) {
   if (spent < absl::Seconds(1)) return status;
   return absl::Status(status.code(), absl::StrCat(status.message(), " (asked for ",

@@ -11,6 +11,10 @@
 
 namespace zerod::client {
 
+std::string InSeconds(absl::Duration spent) {
+  return absl::FormatDuration(absl::Trunc(spent, absl::Seconds(1)));
+}
+
 Requests::Requests(shm::SubmitPage* submit, const shm::CompletePage* complete, int doorbell_fd,
                    int socket_fd, std::string peer, Watchers watchers)
     : submit_(submit),
@@ -99,8 +103,7 @@ void Requests::Tell(std::unique_lock<std::mutex>* lock, absl::string_view what, 
   wait->notice = 2 * waited;
   lock->unlock();
   watchers_.on_wait(absl::StrCat("still waiting for ", what, " after ",
-                                 absl::FormatDuration(absl::Trunc(waited, absl::Seconds(1))),
-                                 ": 'zerodctl --address ", peer_,
+                                 InSeconds(waited), ": 'zerodctl --address ", peer_,
                                  " jobs' says which ranks the job waits for"));
   lock->lock();
 }

@@ -23,6 +23,9 @@
 
 namespace zerod::client {
 
+// For messages, in whole seconds.
+std::string InSeconds(absl::Duration spent);
+
 inline constexpr absl::Duration kWaitSlice = absl::Milliseconds(100);
 // Requests with a completion to come; below kRingEntries, so that the completion ring cannot
 // overflow whatever the daemon does.

@@ -382,7 +382,7 @@ class Job {
   uint64_t AsideMax(const Slot& slot) const;
   void ForgetStaged(UnitState* u, const absl::Status& why);
   uint64_t TouchedBytes(UnitIndex unit, uint32_t part, const std::vector<bool>& touched) const;
-  bool Passed(const Slot& slot, UnitIndex unit, const Staged& s, uint32_t index) const;
+  bool Passed(SlotIndex slot, UnitIndex unit, const Staged& s) const;
   bool Ready(UnitIndex unit, const Staged& s) const;
   bool FirstOfItsPart(UnitIndex unit, const Staged& s) const;
   bool Waits(UnitIndex unit, const Staged& s) const;

@@ -108,10 +108,11 @@ void Job::PassOn(Slot* slot) {
   PumpRoom();
 }
 
-// True when `slot` will hand over nothing more of this part of `unit` before the place of `s`, with
-// `index` for its index.
-bool Job::Passed(const Slot& slot, UnitIndex unit, const Staged& s, uint32_t index) const {
-  if (slot.stepped || slot.marks[unit] >= s.round) return true;
+// True when the slot will hand over nothing more of this part of `unit` that comes before `s`.
+bool Job::Passed(SlotIndex i, UnitIndex unit, const Staged& s) const {
+  const Slot& slot = slots_[i];
+  if (i == s.slot || slot.stepped || slot.marks[unit] >= s.round) return true;
+  const uint32_t index = i < s.slot ? s.index + 1 : s.index;
   return slot.marks[unit] + 1u == s.round &&
          std::make_tuple(slot.scalars, slot.micro_steps, slot.indices[unit][s.part]) >=
              std::make_tuple(s.scalars, s.micro_step, index);
@@ -122,9 +123,7 @@ bool Job::Ready(UnitIndex unit, const Staged& s) const {
   // A later round goes to the accumulator only when the round before has left it.
   if (s.round > units_[unit].reduced_round + 1) return false;
   for (SlotIndex i = 0; i < slots_.size(); ++i) {
-    if (i == s.slot) continue;
-    const bool before = Passed(slots_[i], unit, s, i < s.slot ? s.index + 1 : s.index);
-    if (!before) return false;
+    if (!Passed(i, unit, s)) return false;
   }
   return true;
 }

@@ -142,10 +142,10 @@ std::string Job::WaitingForRoom() const {
     bool moving = false;  // room is being made
     for (UnitIndex u = 0; u < units_.size(); ++u) {
       for (const Staged& s : units_[u].staged) {
-        moving |= s.slot == i && s.moving;
-        for (SlotIndex j = 0; j < slots_.size() && s.slot == i && s.aside == 0; ++j) {
-          const uint32_t index = j < i ? s.index + 1 : s.index;
-          if (j != i && !Passed(slots_[j], u, s, index)) waited[j] = true;
+        if (s.slot != i) continue;
+        moving |= s.moving;
+        for (SlotIndex j = 0; j < slots_.size() && s.aside == 0; ++j) {
+          if (!Passed(j, u, s)) waited[j] = true;
         }
       }
     }

@@ -18,23 +18,20 @@ class Versions:
     def __init__(self, parameters: list[ManagedParameter]) -> None:
         self._managed = parameters
         self._parameters = [p.parameter for p in parameters]
-        self._expected = [p._version for p in self._parameters]
-        self._addresses = [p.data_ptr() for p in self._parameters]
+        self.accept()
 
     def bump(self, all_parameters: bool = False) -> None:
         """The weights have changed: of the trainable parameters, or of all."""
-        chosen = [i for i, p in enumerate(self._managed) if p.trainable or all_parameters]
+        both = zip(self._managed, self._parameters)
+        chosen = tuple(p for managed, p in both if managed.trainable or all_parameters)
         if not chosen:
             return
-        for i in chosen:
-            self._expected[i] += 1
         torch._C._autograd._unsafe_set_version_counter(
-            tuple(self._parameters[i] for i in chosen), tuple(self._expected[i] for i in chosen)
+            chosen, tuple(p._version + 1 for p in chosen)
         )
 
     def accept(self) -> None:
         """What was done to the parameters until now was ours."""
-        self._expected = [p._version for p in self._parameters]
         self._addresses = [p.data_ptr() for p in self._parameters]
 
     def check(self) -> None:
@@ -44,7 +41,6 @@ class Versions:
         ended the process. It was set to itself, as by a parametrization that comes and goes.
         """
         for i, parameter in enumerate(self._parameters):
-            self._expected[i] = parameter._version
             if parameter.data_ptr() != self._addresses[i]:
                 raise UserWriteError(
                     f"{self._managed[i].name!r} points to other memory than the daemon's "
